@@ -1,0 +1,144 @@
+"""The public calls: validate, choose a backend, chain estimate, select and attend."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rrattention.blocks import BlockGrid, BlockSelection, BlockStats
+from rrattention.config import RRConfig
+from rrattention.dense import dense_attention
+
+BACKENDS = ("auto", "reference")
+
+_DEFAULT = RRConfig()
+
+
+def rr_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: RRConfig = _DEFAULT,
+    scale: float | None = None,
+    causal: bool = True,
+    kv_start: Tensor | None = None,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, BlockStats]:
+    """Attend to the key blocks that carry `config.tau` of the estimated attention mass.
+
+    q: [batch, heads, Lq, D], floating point. The last query is the last key's own: Lq < Lk means a cached prefix.
+    k, v: [batch, kv_heads, Lk, D]; consecutive query heads share a key head, so kv_heads divides heads.
+    scale: factor on the scores, 1 / sqrt(D) by default.
+    kv_start: [batch] integers in [0, Lk], the first valid key of each sequence (left padding). A sequence is cut into
+        blocks from there, so it selects what it would alone; rows before it come out as zeros.
+    backend: one of `BACKENDS`; "auto" takes the best for the device.
+
+    Returns [batch, heads, Lq, D], and with `return_stats` also the `BlockStats` of the call. With fewer than
+    `config.min_tokens` keys the call is dense. ValueError names the argument that is wrong.
+    """
+    _check_query_key(q, k)
+    _check_value(k, v)
+    stages, scale = _stages(backend), _scale(q, scale)
+    grid = BlockGrid.of(q, q.shape[2], k.shape[2], config, causal=causal, kv_start=kv_start)
+
+    if grid.key_length < config.min_tokens:
+        out = dense_attention(q, k, v, scale=scale, causal=causal, kv_start=kv_start)
+        stats = grid.dense_stats(q.shape[1])
+    else:
+        scores = stages.estimate(q, k, grid, stride=config.stride, scale=scale)
+        selection = stages.select(scores, grid, config)
+        out = stages.attend(q, k, v, selection, scale=scale)
+        stats = selection.stats()
+    return (out, stats) if return_stats else out
+
+
+def estimate(
+    q: Tensor,
+    k: Tensor,
+    *,
+    config: RRConfig = _DEFAULT,
+    scale: float | None = None,
+    causal: bool = True,
+    kv_start: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return block scores, [batch, heads, query_blocks, key_blocks], for arguments as in `rr_attention`."""
+    _check_query_key(q, k)
+    grid = BlockGrid.of(q, q.shape[2], k.shape[2], config, causal=causal, kv_start=kv_start)
+    return _stages(backend).estimate(q, k, grid, stride=config.stride, scale=_scale(q, scale))
+
+
+def select(
+    scores: Tensor,
+    query_length: int,
+    key_length: int,
+    *,
+    config: RRConfig = _DEFAULT,
+    causal: bool = True,
+    kv_start: Tensor | None = None,
+    backend: str = "auto",
+) -> BlockSelection:
+    """Return the blocks to keep, given the `scores` that `estimate` made with the same lengths and options."""
+    if scores.dim() != 4:
+        raise ValueError(f"scores must be [batch, heads, query_blocks, key_blocks], got {tuple(scores.shape)}")
+    grid = BlockGrid.of(scores, query_length, key_length, config, causal=causal, kv_start=kv_start)
+    if scores.shape[2:] != (grid.query_blocks, grid.key_blocks):
+        raise ValueError(
+            f"scores must have {grid.query_blocks} x {grid.key_blocks} blocks for lengths {query_length} and "
+            f"{key_length}, got {tuple(scores.shape)}"
+        )
+    return _stages(backend).select(scores, grid, config)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Return exact attention over the blocks of `selection`, [batch, heads, Lq, D]; tensors as in `rr_attention`."""
+    _check_query_key(q, k)
+    _check_value(k, v)
+    needed = (*q.shape[:3], k.shape[2])
+    made_for = (*selection.indices.shape[:2], selection.grid.query_length, selection.grid.key_length)
+    if made_for != needed:
+        raise ValueError(f"selection must be for batch, heads and lengths {needed}, got one for {made_for}")
+    return _stages(backend).attend(q, k, v, selection, scale=_scale(q, scale))
+
+
+def _stages(backend: str) -> ModuleType:
+    """Return the module that holds estimate, select and attend for `backend`."""
+    match backend:
+        case "auto" | "reference":
+            from rrattention import reference
+
+            return reference
+        case _:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
+
+
+def _check_query_key(q: Tensor, k: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dim() != 4 or not torch.is_floating_point(tensor):
+            raise ValueError(
+                f"{name} must be floating point [batch, heads, length, head_dim], "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+    if (k.shape[0], k.shape[3], k.dtype, k.device) != (q.shape[0], q.shape[3], q.dtype, q.device):
+        raise ValueError(f"k must have the batch, head_dim, dtype and device of q, {_kind(q)}, got {_kind(k)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k must have a number of heads that divides the {q.shape[1]} heads of q, got {k.shape[1]}")
+
+
+def _check_value(k: Tensor, v: Tensor) -> None:
+    if (v.shape, v.dtype, v.device) != (k.shape, k.dtype, k.device):
+        raise ValueError(f"v must have the shape, dtype and device of k, {_kind(k)}, got {_kind(v)}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
