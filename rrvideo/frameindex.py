@@ -1,0 +1,307 @@
+"""What is in a video file, found without decoding it: which frames, when, and from where each can be decoded."""
+
+from __future__ import annotations
+
+import math
+import os
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+from rrvideo.clock import format_time
+from rrvideo.errors import VideoError
+
+__all__ = ["FrameIndex", "Upright", "open_video", "packets_of", "scan"]
+
+# Containers that hold their pictures themselves. Playlists (HLS, DASH, concat) and image sequences make FFmpeg open
+# other files, whatever name they go by, and so are not among them.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"
+# What else goes by the name of a video, known by its first bytes.
+OTHER_FILES = (
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"#EXTM3U", "a playlist"),
+    (b"ffconcat", "a playlist"),
+)
+# The demuxer of a damaged file may fail and then go on; one that fails this often in a row has nothing more to give.
+FAILURES_IN_A_ROW = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Upright:
+    """How a decoded picture is turned to the way it is shown: transposed first, then mirrored."""
+
+    transpose: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+    @classmethod
+    def of(cls, frame: av.VideoFrame) -> Upright:
+        """Read a frame's display matrix, which moves (x, y) to (a x + c y, b x + d y)."""
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return cls()
+        a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].tolist()
+        if abs(b) > abs(a):
+            return cls(transpose=True, flip_rows=b < 0, flip_columns=c < 0)
+        return cls(flip_rows=d < 0, flip_columns=a < 0)
+
+    @property
+    def rotation(self) -> int:
+        """The clockwise turn in degrees: 0, 90, 180 or 270."""
+        if self.transpose:
+            return 90 if self.flip_columns else 270
+        return 180 if self.flip_rows else 0
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether no turn alone does it."""
+        return self.transpose ^ self.flip_rows ^ self.flip_columns
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) of a picture after turning, and of a turned one before."""
+        return (height, width) if self.transpose else (width, height)
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """Turn `image` [height, width, 3]."""
+        if self.transpose:
+            image = image.swapaxes(0, 1)
+        return np.ascontiguousarray(image[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameIndex:
+    """The packets of a file in decoding order, and its frames in the order in which they are shown.
+
+    A frame is a picture that is shown and can be decoded; its number counts from 0. In a container without
+    presentation times (H.264 in AVI) frames can only be told apart by the order in which they come: `by_arrival`.
+    """
+
+    path: str
+    container: str
+    codec: str
+    width: int  # as shown, like the height
+    height: int
+    upright: Upright
+    time_base: Fraction  # seconds
+    fps: float
+    duration: float  # seconds
+    stamps: np.ndarray  # int64 [packets], presentation times in `time_base`
+    decode_stamps: np.ndarray  # int64 [packets], decoding times
+    keys: np.ndarray  # bool [packets]
+    order: np.ndarray  # int64 [frames], the packet that holds the frame
+    starts: np.ndarray  # int64 [frames], the packet where decoding must start to get it
+    stops: np.ndarray  # int64 [frames], the packet after which it can be had
+    times: np.ndarray  # float64 [frames], seconds since the first frame
+    by_arrival: bool
+    warnings: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def keyframes(self) -> np.ndarray:
+        """The numbers of the frames that can be decoded alone, int64 [keyframes]."""
+        return np.flatnonzero(self.keys[self.order])
+
+
+def scan(path: str | os.PathLike[str]) -> FrameIndex:
+    """Read all packets of a video file and decode its first frame.
+
+    Times and counts come from the packets, for what a container says about itself may be wrong.
+    Raises `VideoError` if the file is no video or none of its frames can be decoded.
+    """
+    first = _first_frame(path)
+    upright = Upright.of(first)
+    width, height = upright.size(first.width, first.height)
+    with open_video(path) as (container, stream):
+        table, reached, warnings = _read_packets(container, stream)
+        stamps, decode_stamps, keys, shown, lengths = np.array(table, dtype=np.int64).reshape(-1, 5).T
+        order, starts = _display_order(stamps, keys == 1, shown == 1)
+        if not len(order):
+            raise VideoError(f"no frame of {Path(path).name} is whole", "copy or download it again")
+        by_arrival = bool(stream.codec_context.has_b_frames) and bool((np.diff(stamps) > 0).all())
+        ticks = stamps[order] - stamps[order[0]]
+        times = ticks * stream.time_base.numerator / stream.time_base.denominator
+        fps, duration = _pace(ticks, int(lengths[order[-1]]), stream)
+        cut_off = int(np.count_nonzero(shown)) - len(order)
+        if cut_off:
+            warnings.append(f"{cut_off} frames at the start build on missing pictures: they are left out")
+        warnings += [*_ends_early(container, stream, reached), *_holes(times)]
+        return FrameIndex(
+            path=os.fspath(path),
+            container=container.format.name.split(",")[0],
+            codec=stream.codec_context.codec.name,
+            width=width,
+            height=height,
+            upright=upright,
+            time_base=stream.time_base,
+            fps=fps,
+            duration=duration,
+            stamps=stamps,
+            decode_stamps=decode_stamps,
+            keys=keys == 1,
+            order=order,
+            starts=starts,
+            stops=_last_of_group(keys == 1)[order] if by_arrival else order,
+            times=times,
+            by_arrival=by_arrival,
+            warnings=tuple(warnings),
+        )
+
+
+@contextmanager
+def open_video(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Open a video file and its main video stream; other local files and the network are out of its reach.
+
+    Raises `VideoError` if the file is no video or has only sound.
+    """
+    file = Path(path)
+    head = _first_bytes(file)
+    # `file:` keeps a name such as `concat:a|b` from being read as an address.
+    source, options = f"file:{file.absolute()}", {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        container = av.open(source, options=options)
+    except av.FFmpegError as error:
+        if head[4:8] == b"ftyp":
+            hint = "its end, where an mp4 file keeps its index, is missing: copy or download it again"
+            raise VideoError(f"{file.name} is incomplete or damaged", hint) from error
+        hint = "mp4, mov, mkv, webm, avi, ts, mpeg, flv, wmv, ogv and gif files can be"
+        raise VideoError(f"{file.name} cannot be read as a video", hint) from error
+    with container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise VideoError(f"{file.name} holds no video, only sound")
+        yield container, stream
+
+
+def packets_of(container: av.container.InputContainer, *streams: av.VideoStream) -> Iterator[av.Packet]:
+    """Demux `streams`, or all; goes on after a damaged place where the container lets it."""
+    failures = 0
+    while failures < FAILURES_IN_A_ROW:
+        try:
+            for packet in container.demux(*streams):
+                failures = 0
+                if packet.size:  # an empty packet repeats a picture (AVI), or stands for the end
+                    yield packet
+            return
+        except av.FFmpegError:
+            failures += 1
+
+
+def _first_bytes(file: Path) -> bytes:
+    if not file.is_file():
+        raise VideoError(f"{file} is not a file" if file.exists() else f"there is no file {file}")
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(16)
+    except OSError as error:
+        raise VideoError(f"{file} cannot be read: {error.strerror}") from error
+    if not head:
+        raise VideoError(f"{file.name} is empty", "copy or download it again")
+    for signature, kind in OTHER_FILES:
+        if head.startswith(signature):
+            raise VideoError(f"{file.name} is {kind}, not a video")
+    return head
+
+
+def _first_frame(path: str | os.PathLike[str]) -> av.VideoFrame:
+    with open_video(path) as (container, stream):
+        for packet in chain(packets_of(container, stream), [None]):
+            try:
+                for frame in stream.codec_context.decode(packet):
+                    return frame
+            except av.FFmpegError:  # a damaged packet; a later one may do
+                continue
+    raise VideoError(f"no frame of {Path(path).name} can be decoded", "it is damaged, incomplete or encrypted")
+
+
+def _read_packets(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[array[int], float, list[str]]:
+    """Five numbers for each packet of `stream`, the last moment of any stream in seconds, and warnings."""
+    table, reached, clock, damaged, timeless, warnings = array("q"), 0.0, -math.inf, 0, 0, list[str]()
+    for packet in packets_of(container):
+        pts, length = packet.pts, packet.duration or 0
+        if pts is None:
+            timeless += packet.stream_index == stream.index
+            continue
+        reached = max(reached, (pts + length) * float(packet.time_base))
+        if packet.stream_index != stream.index:
+            continue
+        if packet.dts is not None:
+            if packet.dts * float(packet.time_base) < clock - 1.0:
+                warnings.append(f"the clock of the file jumps back at {format_time(reached)}: the rest is left out")
+                break
+            clock = packet.dts * float(packet.time_base)
+        damaged += packet.is_corrupt
+        # is_discard: an edit list hides the picture, although others may build on it.
+        shown = not (packet.is_corrupt or packet.is_discard)
+        table.extend((pts, pts if packet.dts is None else packet.dts, packet.is_keyframe, shown, length))
+    # The second field of an interlaced picture may come in a packet without a time; other pictures may not.
+    if timeless > 1.5 * len(table) / 5:
+        raise VideoError(f"most pictures of {Path(container.name).name} carry no times", "copy it into an mp4 file")
+    if damaged:
+        warnings.append(f"damaged packets: {damaged}; the pictures near them may be wrong")
+    return table, reached, warnings
+
+
+def _display_order(stamps: np.ndarray, keys: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The packets of the frames in display order, and the keyframe packets where decoding them starts."""
+    key_packets = np.flatnonzero(keys) if keys.any() else np.array([0])
+    # What comes before the first keyframe, in the file or on the screen, builds on pictures that were cut off.
+    first = key_packets[0]
+    usable = np.flatnonzero(shown & (np.arange(len(stamps)) >= first) & (stamps >= stamps[first : first + 1]))
+    order = usable[np.argsort(stamps[usable], kind="stable")]
+    group = np.searchsorted(key_packets, order, side="right") - 1
+    # In an open group, pictures that are shown before their keyframe build on the group before it too.
+    group -= (stamps[key_packets[group]] > stamps[order]) & (group > 0)
+    return order, key_packets[group]
+
+
+def _last_of_group(keys: np.ndarray) -> np.ndarray:
+    """For each packet, the last one before the next keyframe."""
+    ends: np.ndarray = np.append(np.flatnonzero(keys)[1:] - 1, len(keys) - 1)
+    return ends[np.searchsorted(ends, np.arange(len(keys)))]
+
+
+def _pace(ticks: np.ndarray, last_length: int, stream: av.VideoStream) -> tuple[float, float]:
+    """The frames per second and the seconds that a file lasts; `ticks` count from the first frame.
+
+    The declared rate is kept where the frames bear it out, because it is exact where their times are rounded.
+    """
+    declared = float(stream.average_rate or 0)
+    if not last_length:
+        last_length = (
+            round(np.median(np.diff(ticks))) if len(ticks) > 1 else round(1 / (declared or 25) / stream.time_base)
+        )
+    duration = float((int(ticks[-1]) + last_length) * stream.time_base)
+    measured = len(ticks) / duration
+    return declared if abs(declared - measured) <= 0.01 * measured else measured, duration
+
+
+def _ends_early(container: av.container.InputContainer, stream: av.VideoStream, reached: float) -> list[str]:
+    stated = [float((container.duration or 0) / av.time_base), float((stream.duration or 0) * stream.time_base)]
+    if stream.average_rate:
+        stated.append(float(stream.frames / stream.average_rate))
+    if max(stated) - reached <= max(0.5, 0.01 * max(stated)):
+        return []
+    return [f"the file ends early, at {format_time(reached)} of {format_time(max(stated))}: the rest is lost"]
+
+
+def _holes(times: np.ndarray) -> list[str]:
+    """Gaps in a video of constant frame rate; in others, long pauses between pictures are as they should be."""
+    steps = np.diff(times)
+    typical = np.median(steps) if len(steps) else 0.0
+    if not len(steps) or np.mean(abs(steps - typical) < 0.25 * typical) < 0.9:
+        return []
+    holes = np.flatnonzero(steps > max(1.0, 10 * typical))
+    return [f"no frames between {format_time(times[i])} and {format_time(times[i + 1])}: they are lost" for i in holes]
