@@ -1,7 +1,8 @@
-"""Benchmarks on this machine: `python -m rrvideo.bench sampling`.
+"""Benchmarks on this machine: `python -m rrvideo.bench sampling` and `python -m rrvideo.bench ask`.
 
-`sampling` takes 256 frames from a 720p H.264 file in every way there is. Each run is a process of its own, so that its
-peak memory is its own too. The last line that is printed is one JSON document.
+`sampling` takes 256 frames from a 720p H.264 file in every way there is; `ask` answers a question about the embedded
+sample from a cold start. Each run is a process of its own, so that its time and its peak memory are its own too. The
+last line that is printed is one JSON document.
 """
 
 # ruff: noqa: T201 (a benchmark prints)
@@ -49,12 +50,16 @@ def main() -> None:
     sampling = commands.add_parser("sampling", help="seconds and memory to sample a long video")
     sampling.add_argument("--repeats", type=int, default=3)
     sampling.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "rrvideo-bench")
+    ask = commands.add_parser("ask", help="seconds from the command to the embedded model's answer")
+    ask.add_argument("--repeats", type=int, default=5)
     once = commands.add_parser("run-once", help="one run of a benchmark, in a process of its own")
     once.add_argument("way", choices=WAYS)
     once.add_argument("path", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "sampling":
         bench_sampling(arguments.repeats, arguments.cache)
+    elif arguments.command == "ask":
+        bench_ask(arguments.repeats)
     else:
         print(json.dumps(_run(WAYS[arguments.way], arguments.path)))
 
@@ -90,6 +95,26 @@ def bench_sampling(repeats: int, cache: Path) -> None:
         "results": [result._asdict() for result in results],
     }
     print(json.dumps(summary))
+
+
+def bench_ask(repeats: int) -> None:
+    """Time whole processes: importing rrvideo, and asking the embedded model about the 60-second sample."""
+    commands = {
+        "python": ["-c", ""],
+        "import rrvideo": ["-c", "import rrvideo"],
+        "rrvideo ask": ["-m", "rrvideo", "ask", "sample", "What appears first?", "--quiet"],
+    }
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    print(f"whole processes on {machine}; median of {repeats}")
+    measured: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            measured[name].append(round(time.perf_counter() - started, 3))
+    for name, seconds in measured.items():
+        print(f"{name:15} {statistics.median(seconds):7.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
+    print(json.dumps({"benchmark": "ask", "machine": machine, "seconds": measured}))
 
 
 def _run_apart(way: str, path: Path) -> dict[str, float]:

@@ -209,6 +209,22 @@ def _describe(world: World, rng: Random, times: Sequence[float]) -> Iterator[tup
         yield "Describe the video.", ", then ".join(scenes)
 
 
+def _each(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
+    """Several scenes' facts in one answer, in an order that only the question tells."""
+    names = [scene.name for scene in world.scenes]
+    tables = {
+        "background": dict(zip(names, (scene.background for scene in world.scenes), strict=True)),
+        "direction": dict(zip(names, (scene.direction for scene in world.scenes), strict=True)),
+        "time": dict(zip(names, appearances(world, times), strict=True)),
+        "colour": {scene.shape: scene.colour for scene in world.scenes},
+        "shape": {scene.colour: scene.shape for scene in world.scenes},
+    }
+    for fact, table in tables.items():
+        if len(table) == len(names):  # else one shape has two colours
+            asked = rng.sample(list(table), min(4, len(table)))
+            yield f"Give the {fact} of each: {', '.join(asked)}.", ", ".join(f"{key} {table[key]}" for key in asked)
+
+
 KINDS: dict[str, Callable[[World, Random, Sequence[float]], Iterator[tuple[str, str]]]] = {
     "colour": _colour,
     "shape": _shape,
@@ -222,6 +238,7 @@ KINDS: dict[str, Callable[[World, Random, Sequence[float]], Iterator[tuple[str, 
     "when": _when,
     "presence": _presence,
     "describe": _describe,
+    "each": _each,
 }
 
 
@@ -287,7 +304,12 @@ def parameters(world: World, times: Sequence[float]) -> np.ndarray:
 
 
 def render(
-    frames: torch.Tensor, height: int, width: int, *, softness: float = 1.0, stretch: float = 1.0
+    frames: torch.Tensor,
+    height: int,
+    width: int,
+    *,
+    softness: float | torch.Tensor = 1.0,
+    stretch: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """Draw frames from their `parameters` [..., 10]: float RGB in 0..255, [..., height, width, 3], on their device.
 
@@ -300,7 +322,7 @@ def render(
     down, right = rows - y * height, (columns - x * width) / stretch
     distance = torch.hypot(down, right)
     angle = torch.atan2(down, right) + math.pi / 2  # from straight up, where every shape points
-    size = radius * min(height, width / stretch)
+    size = radius * torch.as_tensor(width / stretch).clamp(max=height)
     coverage = ((_boundary(shape, angle) * size - distance) / softness + 0.5).clamp(0, 1)
     return background + (colour - background) * coverage
 
