@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-QUESTION ?= What appears right after the cyan circle?
+QUESTION ?= What appears first?
 # Threads that wait must not spin: beside other work that makes short operations tens of times slower.
 export OMP_WAIT_POLICY ?= passive
 

@@ -90,7 +90,7 @@ def test_when_is_the_first_sampled_step_that_shows_the_scene():
         for scene in world.scenes:
             answer = next(answer for text, answer in shown.items() if scene.name in text)
             frames = parameters(world, SECONDS)
-            colours = [tuple(row[:3]) + (row[6],) for row in frames.tolist()]
+            colours = [(*row[:3], row[6]) for row in frames.tolist()]
             target = (*map(float, COLOURS[scene.colour]), frames[int(middle(scene))][6])
             first = colours.index(target)
             assert answer == format_time(first - first % 2)

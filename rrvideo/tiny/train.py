@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import Value
 from pathlib import Path
 from random import Random
@@ -150,11 +150,12 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             world = draw_world(rng, duration, rng.randint(1, most), shortest=shortest, begin=begin)
             frames.append(torch.from_numpy(parameters(world, moments)))
             for question in self.ask(rng, world, moments, kinds):
-                form, kind = question, f"choice {question.kind}" if choice else question.kind
-                if choice and rng.random() < 0.25:
-                    # Naming an option by its letter is a skill of its own, and learned sooner without the video.
-                    form, kind = replace(question, text=f"Which option is {question.answer}?"), "letter"
-                rows.append(self.tokenise(prefix, multiple_choice(form, world, rng, moments) if choice else form))
+                kind = f"choice {question.kind}" if choice else question.kind
+                if choice:
+                    question = multiple_choice(question, world, rng, moments)  # noqa: PLW2901
+                    if rng.random() < 0.25:
+                        question, kind = letters(question, rng), "letter"  # noqa: PLW2901
+                rows.append(self.tokenise(prefix, question))
                 scores.append(SCORES.index(kind))
 
         length = geometry.length if self.fixed else max(len(asked) + len(answer) for asked, answer in rows)
@@ -200,6 +201,14 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             if len(self.tokenised) < 50_000:
                 self.tokenised[question.text, question.answer] = known
         return known
+
+
+def letters(question: Question, rng: Random) -> Question:
+    """Ask for the letters of a question's four options: a skill of its own, learned sooner without the video."""
+    named = [tuple(reversed(option.split(". ", 1))) for option in question.options]
+    rng.shuffle(named)
+    text = f"Give the letter of each: {', '.join(name for name, _ in named)}.\n" + "\n".join(question.options)
+    return Question(question.kind, text, ", ".join(f"{name} {letter}" for name, letter in named))
 
 
 def example(tokenizer: Any, geometry: Geometry, begin: float, duration: float) -> tuple[Prefix, list[float]]:

@@ -1,0 +1,7 @@
+"""`python -m rrvideo` is the `rrvideo` command."""
+
+import sys
+
+from rrvideo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,165 @@
+"""Where the model looked, against the attention that transformers itself reports."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint
+from clips import numbered_frames, write_video
+
+from rrattention.transformers import observe
+from rrvideo import engine
+from rrvideo.evidence import Evidence, Gaze, intervals
+from rrvideo.model import load
+from rrvideo.tokens import Prefix, patchify
+from rrvideo.video import read_frames
+
+QUESTION = ["What colour is the circle?"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(120, width=84, height=56))
+
+
+@pytest.mark.parametrize("timestamps", [False, True], ids=["one-segment", "timestamps"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_follow_the_attention_that_transformers_reports(tmp_path, clip, family, timestamps):
+    folder = make_checkpoint(tmp_path, family)
+    checkpoint = load(folder, attention="full", device="cpu")
+    stream = read_frames(engine.plan(checkpoint, clip, fps=2.0, max_frames=768, timestamps=timestamps))
+    watched = engine.watch(checkpoint, stream, timestamps=timestamps)
+    prefix, asked = watched.prefix, checkpoint.question(watched.prefix, QUESTION)
+    gaze = Gaze(prefix)
+    answer = list(watched.generate(asked, max_new_tokens=6, observer=gaze))
+
+    # The whole conversation at once, in the plainest attention that transformers has.
+    plain = MODEL_CLASSES[family].from_pretrained(folder, attn_implementation="eager")
+    ids = torch.cat([prefix.input_ids, asked, torch.tensor(answer)])
+    pixels = np.stack([frame.image for frame in stream])
+    with torch.no_grad():
+        attentions = plain(
+            input_ids=ids[None],
+            position_ids=torch.cat([prefix.positions, prefix.next_positions(len(ids) - len(prefix))], dim=1)[:, None],
+            pixel_values_videos=patchify(pixels, checkpoint.spec),
+            video_grid_thw=prefix.grid_thw,
+            mm_token_type_ids=2 * torch.cat([prefix.visual, torch.zeros(len(ids) - len(prefix))])[None].int(),
+            output_attentions=True,
+        ).attentions
+    expected = np.zeros(len(prefix.times))
+    for layer in attentions:
+        for head in layer[0].double().numpy():
+            for row in range(len(ids) - len(answer) - 1, len(ids) - 1):  # of the tokens that predict the answer's
+                mass = [head[row, : len(prefix)][prefix.step == step].sum() for step in range(len(prefix.times))]
+                lower_median = sorted(mass)[(len(mass) - 1) // 2]
+                expected += np.maximum(np.array(mass) - lower_median, 0)
+
+    assert len(answer) == 6
+    assert len(prefix.times) == 5
+    np.testing.assert_allclose(gaze.weights(), expected / expected.sum(), atol=1e-4)
+
+
+def prefix_of(steps, tokens_each):
+    """As much of a prefix as a gaze wants to know, with a word of text before, between and after the steps."""
+    step = torch.tensor([-1] + [at for index in range(steps) for at in [index] * tokens_each + [-1]])
+    unused = torch.zeros(0)
+    return Prefix("", torch.zeros(len(step)), step, unused, unused, tuple(float(index) for index in range(steps)))
+
+
+def look(prefix, *, towards, strength):
+    """Keys of which those of step `towards` are like the query, as after a prefill and two tokens of a question."""
+    key = torch.zeros(1, 2, len(prefix.step) + 2, 8)
+    key[:, :, : len(prefix.step)][:, :, prefix.step == towards] = strength
+    return torch.ones(1, 4, 2, 8), key
+
+
+def test_the_step_that_is_looked_at_gets_the_weight():
+    prefix = prefix_of(steps=7, tokens_each=3)
+    gaze = Gaze(prefix)
+    gaze(0, *look(prefix, towards=4, strength=1.0), 1.0)
+
+    assert gaze.weights() == pytest.approx([0, 0, 0, 0, 1, 0, 0])
+
+
+def test_only_the_last_token_of_a_pass_counts():
+    prefix = prefix_of(steps=5, tokens_each=3)
+    query, key = look(prefix, towards=2, strength=1.0)
+    query[:, :, 0] = -1
+    gaze = Gaze(prefix)
+    gaze(0, query, key, 1.0)
+
+    assert gaze.weights() == pytest.approx([0, 0, 1, 0, 0])
+
+
+def test_what_gets_no_more_than_the_rest_shows_nothing():
+    prefix = prefix_of(steps=4, tokens_each=2)
+    gaze = Gaze(prefix)
+    assert gaze.weights() == [0.25] * 4
+
+    gaze(0, *look(prefix, towards=0, strength=0.0), 1.0)
+    assert gaze.weights() == [0.25] * 4
+
+
+def test_half_precision_is_added_up_in_float32():
+    prefix = prefix_of(steps=3, tokens_each=2)
+    gaze = Gaze(prefix)
+    for _ in range(3000):  # ones in bfloat16 stop adding up at 256
+        query, key = look(prefix, towards=1, strength=4.0)
+        gaze(0, query.bfloat16(), key.bfloat16(), 1.0)
+    query, key = look(prefix, towards=2, strength=4.0)
+    gaze(0, query.bfloat16(), key.bfloat16(), 1.0)
+
+    assert gaze.weights()[2] == pytest.approx(1 / 3001, rel=1e-3)
+
+
+def test_nobody_else_is_observed_between_two_tokens(tmp_path, clip):
+    checkpoint = load(make_checkpoint(tmp_path), attention="full", device="cpu")
+    stream = read_frames(engine.plan(checkpoint, clip, fps=1.0, max_frames=8, timestamps=True))
+    one, other = engine.watch(checkpoint, stream, timestamps=True), engine.watch(checkpoint, stream, timestamps=True)
+    calls, foreign = [], []
+    first = one.generate(
+        checkpoint.question(one.prefix, QUESTION), max_new_tokens=4, observer=lambda *c: calls.append(c)
+    )
+    next(first)
+    seen = len(calls)
+    with observe(lambda *call: foreign.append(call)):
+        next(other.generate(checkpoint.question(other.prefix, QUESTION), max_new_tokens=4))
+
+    assert seen == len(foreign) == 2  # layers
+    assert len(calls) == seen
+
+
+def seconds(evidence):
+    return [(moment.start, moment.end) for moment in evidence]
+
+
+def test_an_interval_runs_from_its_first_step_to_the_begin_of_the_next():
+    found = intervals([0.1, 0.3, 0.4, 0.1, 0.1], [0.0, 2.0, 4.5, 6.0, 8.0], 10.0)
+
+    assert found == [Evidence(2.0, 6.0, pytest.approx(0.7))]
+
+
+def test_intervals_come_by_weight_and_no_more_than_three():
+    weights = [0.1, 0.0, 0.14, 0.14, 0.0, 0.2, 0.0, 0.24, 0.0, 0.12, 0.06]
+    found = intervals(weights, [2.0 * step for step in range(11)], 22.0)
+
+    assert seconds(found) == [(4.0, 8.0), (14.0, 16.0), (10.0, 12.0)]
+    assert [moment.weight for moment in found] == pytest.approx([0.28, 0.24, 0.2])
+
+
+def test_the_last_interval_ends_with_the_clip():
+    assert seconds(intervals([0.1, 0.1, 0.8], [10.0, 12.0, 14.0], 15.5)) == [(14.0, 15.5)]
+    assert seconds(intervals([1.0], [3.0], 7.0)) == [(3.0, 7.0)]
+
+
+def test_nothing_is_claimed_of_the_lost_end_of_a_file():
+    assert seconds(intervals([0.1, 0.1, 0.8], [0.0, 2.0, 4.0], 60.0)) == [(4.0, 6.0)]
+
+
+def test_a_gaze_that_rests_nowhere_means_the_whole_clip():
+    assert intervals([0.25] * 4, [0.0, 1.0, 2.0, 3.0], 4.0) == [Evidence(0.0, 4.0, 1.0)]
+
+
+def test_evidence_goes_into_json():
+    assert json.loads(json.dumps(Evidence(1.5, 3.0, 0.5).to_dict())) == {"start": 1.5, "end": 3.0, "weight": 0.5}

@@ -1,0 +1,291 @@
+"""VideoQA, Video, Chat and Answer, as a script uses them."""
+
+import gc
+import json
+import weakref
+from dataclasses import FrozenInstanceError
+from itertools import pairwise
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from clips import numbered_frames, write_video
+
+from rrvideo import Answer, BudgetError, Evidence, RRConfig, VideoError, VideoQA, engine
+from rrvideo.video import READERS, probe
+
+QUESTION = "What colour is the circle?"
+OTHER = "How many scenes are there?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def qa(folder):
+    return VideoQA.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Eight seconds, in which every frame is another."""
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(192, width=84, height=56))
+
+
+@pytest.fixture(scope="module")
+def video(qa, clip):
+    return qa.watch(clip)
+
+
+def greedy(video, turns, tokens):
+    """The answer to a conversation, from the engine alone."""
+    watched = video._watched
+    ids = watched.generate(watched.checkpoint.question(watched.prefix, turns), max_new_tokens=tokens)
+    return watched.checkpoint.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def test_an_answer_says_what_it_rests_on_and_what_it_cost(video):
+    answer = video.ask(QUESTION, max_new_tokens=7)
+    seconds, usage = answer.timings, answer.usage
+
+    assert answer.text == greedy(video, [QUESTION], 7) != ""
+    assert all(0 <= moment.start < moment.end <= 8 and 0 < moment.weight <= 1 for moment in answer.evidence)
+    assert all(before.weight >= after.weight for before, after in pairwise(answer.evidence))
+    assert min(seconds.decode, seconds.encode, seconds.prefill, seconds.generate) > 0
+    assert answer.density == 1  # the prefix is shorter than what pays to be sparse
+    assert (usage.frames, usage.answer_tokens) == (8, 7)
+    assert usage.visual_tokens == 4 * video.plan.width * video.plan.height // 28**2
+    assert usage.prompt_tokens > usage.visual_tokens
+    with pytest.raises(FrozenInstanceError):
+        answer.text = "something else"
+
+
+def test_answers_go_into_json_and_back(video):
+    answer = video.ask(QUESTION, max_new_tokens=3)
+    content = json.loads(json.dumps(answer.to_dict()))
+
+    assert {*content} == {"text", "evidence", "timings", "density", "usage"}
+    assert [Evidence(**moment) for moment in content["evidence"]] == answer.evidence
+    assert content["usage"] == answer.usage.to_dict()
+    assert content["timings"] == answer.timings.to_dict()
+    assert json.loads(json.dumps(video.to_dict()))["info"] == probe(video.info.path).to_dict()
+
+
+def test_a_list_of_questions_is_answered_one_by_one(video):
+    answers = video.ask([QUESTION, OTHER, QUESTION], max_new_tokens=8)
+
+    assert [answer.text for answer in answers] == [greedy(video, [each], 8) for each in (QUESTION, OTHER, QUESTION)]
+    assert answers[0].text != answers[1].text
+    assert answers[0].evidence == answers[2].evidence
+    assert video.ask([]) == []
+
+
+def test_the_pieces_of_a_stream_join_to_the_answer(video):
+    stream = video.stream(QUESTION, max_new_tokens=9)
+    assert stream.answer is None
+    pieces = list(stream)
+
+    assert len(pieces) > 3
+    assert "".join(pieces) == stream.answer.text == video.ask(QUESTION, max_new_tokens=9).text
+    assert list(stream) == []
+    assert stream.finish() is stream.answer
+
+
+@pytest.mark.parametrize(
+    "text", ["Das Wort für 星 ist été 🎬", "\n  indented,\n\n and followed by space  \n", "", "a\ufffdb"], ids=repr
+)
+def test_a_stream_never_yields_half_a_letter(video, monkeypatch, text):
+    tokenizer = video._watched.checkpoint.tokenizer
+    ids = tokenizer.encode(text)  # several tokens for each letter that the vocabulary lacks
+
+    def generate(self, ids_of_question, *, max_new_tokens, observer):
+        yield from ids[:max_new_tokens]
+
+    monkeypatch.setattr(engine.Watched, "generate", generate)
+    stream = video.stream(QUESTION)
+    pieces = list(stream)
+
+    assert "".join(pieces) == stream.answer.text == text.strip()
+    assert all(pieces)
+    assert "\ufffd" not in "".join(pieces).replace("a\ufffdb", "")
+    assert stream.answer.usage.answer_tokens == len(ids)
+
+
+def test_special_tokens_are_no_part_of_an_answer(video, monkeypatch):
+    ids = video._watched.checkpoint.tokenizer.encode("a<|vision_start|> b<|image_pad|>")
+    monkeypatch.setattr(engine.Watched, "generate", lambda self, *_, **__: (token for token in ids))
+
+    assert video.ask(QUESTION).text == "a b"
+
+
+def test_an_answer_cut_within_a_letter_shows_that_something_is_missing(video, monkeypatch):
+    ids = video._watched.checkpoint.tokenizer.encode("a 🎬")[:-1]
+    monkeypatch.setattr(engine.Watched, "generate", lambda self, *_, **__: (token for token in ids))
+
+    assert video.ask(QUESTION).text == "a \ufffd"
+
+
+def test_a_stream_that_is_closed_makes_way_for_other_questions(video):
+    expected = video.ask(OTHER, max_new_tokens=6).text
+    stream = video.stream(QUESTION, max_new_tokens=6)
+    next(stream)
+    with pytest.raises(RuntimeError, match="unfinished"):
+        video.ask(OTHER)
+    stream.close()
+
+    assert video.ask(OTHER, max_new_tokens=6).text == expected
+    assert stream.answer is None
+    with pytest.raises(RuntimeError, match="closed before"):
+        stream.finish()
+
+
+def test_a_stream_that_is_dropped_makes_way_too(video):
+    for _ in video.stream(QUESTION, max_new_tokens=6):
+        break
+
+    assert video.ask(OTHER, max_new_tokens=6).text == greedy(video, [OTHER], 6)
+
+
+def test_the_second_turn_of_a_chat_equals_a_fresh_prompt_with_the_history(qa, clip, video):
+    chat = video.chat()
+    first = chat.ask(QUESTION, max_new_tokens=8)
+    video.ask("Something in between?")  # belongs to no chat
+    second = "".join(chat.stream(OTHER, max_new_tokens=8))
+
+    afresh = qa.watch(clip)
+    assert first.text == greedy(afresh, [QUESTION], 8)
+    assert second == greedy(afresh, [QUESTION, first.text, OTHER], 8)
+    assert second != greedy(afresh, [OTHER], 8)
+    assert chat.turns == [QUESTION, first.text, OTHER, second]
+
+
+def test_a_turn_that_is_not_finished_is_not_remembered(video):
+    chat = video.chat()
+    stream = chat.stream(QUESTION)
+    next(stream)
+    stream.close()
+
+    assert chat.turns == []
+    assert chat.ask(OTHER, max_new_tokens=8).text == greedy(video, [OTHER], 8)
+
+
+@pytest.mark.parametrize("question", ["", " \n"], ids=repr)
+def test_an_empty_question_is_refused(video, question):
+    for ask in (video.ask, video.stream, video.chat().ask):
+        with pytest.raises(ValueError, match="question must not be empty"):
+            ask(question)
+
+
+def test_an_answer_has_room_for_a_word_at_least(video):
+    with pytest.raises(ValueError, match="max_new_tokens must be positive, got 0"):
+        video.ask(QUESTION, max_new_tokens=0)
+
+
+def test_a_clip_is_watched_at_the_rate_asked_for(qa, clip):
+    video = qa.watch(clip, start=2.0, end=6.0, fps=2.0)
+    answer = video.ask(QUESTION, max_new_tokens=2)
+
+    assert answer.usage.frames == 8
+    assert video._watched.prefix.times == pytest.approx([2.0, 3.15, 4.3, 5.45], abs=0.1)
+    assert all(2 <= moment.start < moment.end <= 6 for moment in answer.evidence)
+    assert qa.watch(clip, fps=8.0, max_frames=6).ask(QUESTION, max_new_tokens=1).usage.frames == 6
+
+
+def test_keyframes_can_be_asked_for(qa, clip, video):
+    keyframes = qa.watch(clip, sampling="keyframes")
+    assert {*keyframes.plan.indices} <= {*keyframes.plan.index.keyframes.tolist()}
+    assert not {*video.plan.indices} <= {*video.plan.index.keyframes.tolist()}
+
+
+def test_the_other_reader_can_be_asked_for(qa, clip, video, monkeypatch):
+    calls = []
+
+    def read(*arguments, **options):
+        calls.append(arguments[1])
+        return READERS["pyav"](*arguments, **options)
+
+    monkeypatch.setitem(READERS, "decord", read)
+    assert qa.watch(clip, reader="decord").ask(QUESTION).text == video.ask(QUESTION).text
+    assert calls == [video.plan.indices]
+
+
+def test_times_are_in_the_prompt_unless_they_are_not_wanted(qa, clip, video):
+    silent = qa.watch(clip, timestamps=False)
+    decode = qa.checkpoint.tokenizer.decode
+
+    assert "0:06<|vision_start|>" in decode(video._watched.prefix.input_ids)
+    assert "0:0" not in decode(silent._watched.prefix.input_ids)
+
+
+def test_a_truncated_file_is_watched_as_far_as_it_goes_and_says_so(qa, clip, tmp_path):
+    whole = write_video(
+        tmp_path / "whole.mp4",
+        numbered_frames(192, width=84, height=56),
+        container_options={"movflags": "faststart"},  # the index before the pictures, where a cut leaves it alone
+    )
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    video = qa.watch(cut)
+    answer = video.ask(QUESTION, max_new_tokens=2)
+
+    assert video.warnings
+    assert 0 < answer.usage.frames < 8
+    assert max(moment.end for moment in answer.evidence) < 6
+    assert qa.watch(clip).warnings == ()
+
+
+def test_damage_that_shows_only_in_decoding_is_told_too(qa, clip, tmp_path):
+    content = bytearray(clip.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    (tmp_path / "damaged.mp4").write_bytes(content)
+    video = qa.watch(tmp_path / "damaged.mp4")
+
+    assert video.plan.warnings == ()
+    assert any("damaged places" in warning for warning in video.warnings)
+    assert video.ask(QUESTION, max_new_tokens=2).text
+
+
+def test_what_is_no_video_gets_no_answer(qa, tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    for name in ("empty.mp4", "missing.mp4"):
+        with pytest.raises(VideoError):
+            qa.watch(tmp_path / name)
+
+
+def test_running_out_of_memory_is_told_as_too_many_frames(qa, clip, monkeypatch):
+    def watch(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(engine, "watch", watch)
+    with pytest.raises(BudgetError, match="8 frames do not fit into the memory of cpu"):
+        qa.watch(clip)
+
+
+def test_attention_and_its_config_reach_the_model(folder, clip):
+    config = RRConfig(block_size=16, stride=4, tau=0.3, min_tokens=0)
+    sparse = VideoQA.load(folder, device="cpu", config=config).watch(clip).ask(QUESTION, max_new_tokens=2)
+    full = VideoQA.load(folder, device="cpu", config=config, attention="full").watch(clip)
+
+    assert sparse.density < 0.95
+    assert full.ask(QUESTION, max_new_tokens=2).density == 1
+
+
+def test_closing_a_video_frees_its_cache(qa, clip):
+    with qa.watch(clip) as video:
+        keys = weakref.ref(video._watched.cache.layers[0].keys)
+        assert isinstance(video.ask(QUESTION, max_new_tokens=1), Answer)
+        keys = weakref.ref(video._watched.cache.layers[0].keys)
+    gc.collect()
+
+    assert keys() is None
+    with pytest.raises(RuntimeError, match="the video is closed"):
+        video.ask(QUESTION)
+
+
+def test_the_embedded_model_needs_no_name():
+    qa = VideoQA.load(device="cpu")
+
+    assert qa.checkpoint.family.model_type == "qwen2_vl"
+    assert qa.checkpoint.model.num_parameters() < 10e6
