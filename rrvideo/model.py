@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model was made for, prompt and answer together."""
+        """Positions that the model was made for, prompt and answer together; the tokens of a frame share some."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
