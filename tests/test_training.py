@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rrvideo.tiny import train
+from rrvideo.tiny import batches, train
 from rrvideo.tiny.layout import make_tokenizer
 from rrvideo.tokens import patchify
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer(train.corpus(), 1024)
+    return make_tokenizer(batches.corpus(), 1024)
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def model(tokenizer):
 
 def draw_batch(tokenizer, geometry, *, tokens=1000, fixed=False):
     level = SimpleNamespace(value=0)
-    return train.Batches(tokenizer, level, "test", tokens, fixed).draw(Random(1), geometry)
+    return batches.Batches(tokenizer, level, "test", tokens, fixed).draw(Random(1), geometry)
 
 
 GEOMETRIES = [
-    train.Geometry(3, (56, 84), timestamps=True, late=False, choice=False),
-    train.Geometry(2, (84, 56), timestamps=True, late=True, choice=True),
-    train.Geometry(4, (56, 56), timestamps=False, late=False, choice=False),
+    batches.Geometry(3, (56, 84), timestamps=True, late=False, choice=False),
+    batches.Geometry(2, (84, 56), timestamps=True, late=True, choice=True),
+    batches.Geometry(4, (56, 56), timestamps=False, late=False, choice=False),
 ]
 
 
@@ -38,23 +38,23 @@ GEOMETRIES = [
 def test_each_packed_question_gets_the_logits_it_gets_alone_from_transformers(geometry, tokenizer, model, monkeypatch):
     monkeypatch.setattr(train, "degrade", lambda pixels, style: pixels.round().clamp(0, 255).to(torch.uint8))
     batch = draw_batch(tokenizer, geometry)
-    prefix, _ = train.example(tokenizer, geometry, 600.0 if geometry.late else 0.0, 2.0 * geometry.steps)
+    prefix, _ = batches.example(tokenizer, geometry, 600.0 if geometry.late else 0.0, 2.0 * geometry.steps)
     length = batch.ids.shape[2]
     positions = torch.cat([prefix.positions, prefix.next_positions(length)], 1)[:, None]
-    real = batch.answers != train.IGNORED
+    real = batch.answers != batches.IGNORED
     with torch.no_grad():
         packed = train.answer_logits(model, train.Places(model, tokenizer, geometry, batch), batch)
         pixels = train.degrade(train.draw(batch.frames, geometry.size, batch.style), batch.style)
-        for video, question in [(0, 0), (1, 3), (len(batch.ids) - 1, train.QUESTIONS - 1)]:
+        for video, question in [(0, 0), (1, 3), (len(batch.ids) - 1, batches.QUESTIONS - 1)]:
             ids = torch.cat([batch.prefix_ids, batch.ids[video, question]])[None]
             alone = model(
                 input_ids=ids,
-                pixel_values_videos=patchify(pixels[video], train.SPEC),
+                pixel_values_videos=patchify(pixels[video], batches.SPEC),
                 video_grid_thw=prefix.grid_thw,
                 position_ids=positions,
                 mm_token_type_ids=(ids == model.config.video_token_id).int() * 2,
             ).logits[0]
-            mine = real & (batch.before // length == video * train.QUESTIONS + question)
+            mine = real & (batch.before // length == video * batches.QUESTIONS + question)
             assert mine.any()
             expected = alone[len(prefix) + batch.before[mine] % length]
             torch.testing.assert_close(packed[mine], expected, atol=1e-4, rtol=1e-4)
@@ -63,9 +63,9 @@ def test_each_packed_question_gets_the_logits_it_gets_alone_from_transformers(ge
 def test_the_answers_that_are_learned_are_the_worlds_own(tokenizer):
     batch = draw_batch(tokenizer, GEOMETRIES[0])
     flat = batch.ids.flatten()
-    real = batch.answers != train.IGNORED
+    real = batch.answers != batches.IGNORED
     assert torch.equal(flat[batch.before[real] + 1], batch.answers[real])
-    for row in range(train.QUESTIONS):
+    for row in range(batches.QUESTIONS):
         answer = batch.answers[real & (batch.before // batch.ids.shape[2] == row)]
         text = tokenizer.decode(batch.ids[0, row], skip_special_tokens=False)
         asked, _, rest = text.partition("<|im_start|>assistant\n")
@@ -76,13 +76,13 @@ def test_the_answers_that_are_learned_are_the_worlds_own(tokenizer):
 def test_a_fixed_batch_has_the_sizes_of_its_geometry(tokenizer):
     for geometry in GEOMETRIES:
         batch = draw_batch(tokenizer, geometry, fixed=True)
-        assert batch.ids.shape[1:] == (train.QUESTIONS, geometry.length)
-        assert batch.answers.shape == batch.before.shape == (batch.kinds.numel() * train.ANSWER_LENGTH,)
+        assert batch.ids.shape[1:] == (batches.QUESTIONS, geometry.length)
+        assert batch.answers.shape == batch.before.shape == (batch.kinds.numel() * batches.ANSWER_LENGTH,)
 
 
 def test_exact_counts_an_answer_only_if_all_of_its_tokens_are_right(tokenizer):
     batch = draw_batch(tokenizer, GEOMETRIES[0])
-    real = batch.answers != train.IGNORED
+    real = batch.answers != batches.IGNORED
     right = torch.nn.functional.one_hot(batch.answers.clamp(min=0), len(tokenizer)).float()
     assert train.exact(right, batch).all()
     wrong = right.clone()
