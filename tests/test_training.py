@@ -80,6 +80,16 @@ def test_a_fixed_batch_has_the_sizes_of_its_geometry(tokenizer):
         assert batch.answers.shape == batch.before.shape == (batch.kinds.numel() * batches.ANSWER_LENGTH,)
 
 
+@pytest.mark.parametrize("choice", [False, True], ids=["open", "choice"])
+def test_the_longest_questions_fit_into_a_fixed_batch(choice, tokenizer):
+    geometry = batches.Geometry(16, (56, 56), timestamps=True, late=True, choice=choice)
+    source = batches.Batches(tokenizer, SimpleNamespace(value=0), "test", 6000, fixed=True)
+    for seed in range(12):
+        batch = source.draw(Random(seed), geometry)
+        assert batch.ids.shape[2] == geometry.length
+        assert batch.answers.numel() == batch.kinds.numel() * batches.ANSWER_LENGTH
+
+
 def test_exact_counts_an_answer_only_if_all_of_its_tokens_are_right(tokenizer):
     batch = draw_batch(tokenizer, GEOMETRIES[0])
     real = batch.answers != batches.IGNORED

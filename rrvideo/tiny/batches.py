@@ -18,7 +18,7 @@ SPEC = PatchSpec()
 SIZES = ((56, 56), (84, 84), (56, 112), (84, 112), (84, 56), (112, 84), (56, 84), (112, 56))
 STEPS = (1, 2, 4, 6, 10, 16, 28, 48, 90, 150, 300)  # temporal steps of a video
 QUESTIONS = 8  # for each video of a batch
-OPEN_LENGTH, CHOICE_LENGTH = 56, 104  # tokens of a question with its answer, padded
+OPEN_LENGTH, CHOICE_LENGTH = 64, 112  # tokens of a question with its answer, padded
 ANSWER_LENGTH = 12  # tokens of an answer on average, at most; a description is long, the seven others are shorter
 IGNORED = -100  # what cross_entropy skips
 CHOICE_KINDS = tuple(kind for kind in KINDS if kind not in {"presence", "describe", "each"})
@@ -134,6 +134,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         for row, (asked, answer) in enumerate(rows):
             ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
             before += range(row * length + len(asked) - 1, row * length + len(asked) + len(answer) - 1)
+        if self.fixed:
+            before = before[: len(rows) * ANSWER_LENGTH]  # a batch of nothing but long answers does without its last
         padding = max(0, len(rows) * ANSWER_LENGTH - len(before))
         where = torch.tensor(before + [0] * padding)
         answers = ids.view(-1)[where + 1]

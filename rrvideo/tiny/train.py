@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=0, help="stage of the curriculum to start at")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=12, help="processes that draw worlds")
-    parser.add_argument("--vision-steps", type=int, default=5000, help="steps of the vision tower alone")
+    parser.add_argument("--vision-steps", type=int, default=3000, help="steps of the vision tower alone")
     parser.add_argument("--tokens", type=int, default=64_000, help="tokens of a batch")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
