@@ -90,6 +90,12 @@ def test_the_longest_questions_fit_into_a_fixed_batch(choice, tokenizer):
         assert batch.answers.numel() == batch.kinds.numel() * batches.ANSWER_LENGTH
 
 
+def test_a_fixed_batch_keeps_its_size_when_its_answers_are_too_long(tokenizer, monkeypatch):
+    monkeypatch.setattr(batches, "ANSWER_LENGTH", 2)
+    batch = draw_batch(tokenizer, GEOMETRIES[0], fixed=True)
+    assert batch.answers.numel() == batch.before.numel() == 2 * batch.kinds.numel()
+
+
 def test_exact_counts_an_answer_only_if_all_of_its_tokens_are_right(tokenizer):
     batch = draw_batch(tokenizer, GEOMETRIES[0])
     real = batch.answers != batches.IGNORED
