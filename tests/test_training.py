@@ -1,13 +1,15 @@
 """Training the embedded model: what it computes is what transformers computes, and it learns."""
 
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rrvideo.tiny import batches, train
+from rrvideo.tiny import batches, sight, train
 from rrvideo.tiny.layout import make_tokenizer
+from rrvideo.tiny.world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
 from rrvideo.tokens import patchify
 
 
@@ -22,19 +24,20 @@ def model(tokenizer):
     return train.build_model(tokenizer)
 
 
-def draw_batch(tokenizer, geometry, *, tokens=1000, fixed=False):
-    level = SimpleNamespace(value=0)
-    return batches.Batches(tokenizer, level, "test", tokens, fixed).draw(Random(1), geometry)
+def draw_batch(tokenizer, geometry, *, tokens=1000, seed=1):
+    """A batch with all kinds of questions that the geometry's form has."""
+    source = batches.Batches(tokenizer, SimpleNamespace(value=0), "test", tokens)
+    return source.draw(Random(seed), geometry, batches.LEVELS[-1])
 
 
 GEOMETRIES = [
-    batches.Geometry(3, (56, 84), timestamps=True, late=False, choice=False),
-    batches.Geometry(2, (84, 56), timestamps=True, late=True, choice=True),
-    batches.Geometry(4, (56, 56), timestamps=False, late=False, choice=False),
+    batches.Geometry(3, (56, 84), timestamps=True, late=False, form="long"),
+    batches.Geometry(2, (84, 56), timestamps=True, late=True, form="choice"),
+    batches.Geometry(4, (56, 56), timestamps=False, late=False, form="short"),
 ]
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["open", "choice-late", "without-timestamps"])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["long", "choice-late", "short-without-timestamps"])
 def test_each_packed_question_gets_the_logits_it_gets_alone_from_transformers(geometry, tokenizer, model, monkeypatch):
     monkeypatch.setattr(train, "degrade", lambda pixels, style: pixels.round().clamp(0, 255).to(torch.uint8))
     batch = draw_batch(tokenizer, geometry)
@@ -45,7 +48,7 @@ def test_each_packed_question_gets_the_logits_it_gets_alone_from_transformers(ge
     with torch.no_grad():
         packed = train.answer_logits(model, train.Places(model, tokenizer, geometry, batch), batch)
         pixels = train.degrade(train.draw(batch.frames, geometry.size, batch.style), batch.style)
-        for video, question in [(0, 0), (1, 3), (len(batch.ids) - 1, batches.QUESTIONS - 1)]:
+        for video, question in [(0, 0), (1, 3), (len(batch.ids) - 1, geometry.asked.questions - 1)]:
             ids = torch.cat([batch.prefix_ids, batch.ids[video, question]])[None]
             alone = model(
                 input_ids=ids,
@@ -54,7 +57,7 @@ def test_each_packed_question_gets_the_logits_it_gets_alone_from_transformers(ge
                 position_ids=positions,
                 mm_token_type_ids=(ids == model.config.video_token_id).int() * 2,
             ).logits[0]
-            mine = real & (batch.before // length == video * batches.QUESTIONS + question)
+            mine = real & (batch.before // length == video * geometry.asked.questions + question)
             assert mine.any()
             expected = alone[len(prefix) + batch.before[mine] % length]
             torch.testing.assert_close(packed[mine], expected, atol=1e-4, rtol=1e-4)
@@ -65,7 +68,7 @@ def test_the_answers_that_are_learned_are_the_worlds_own(tokenizer):
     flat = batch.ids.flatten()
     real = batch.answers != batches.IGNORED
     assert torch.equal(flat[batch.before[real] + 1], batch.answers[real])
-    for row in range(batches.QUESTIONS):
+    for row in range(GEOMETRIES[0].asked.questions):
         answer = batch.answers[real & (batch.before // batch.ids.shape[2] == row)]
         text = tokenizer.decode(batch.ids[0, row], skip_special_tokens=False)
         asked, _, rest = text.partition("<|im_start|>assistant\n")
@@ -73,27 +76,38 @@ def test_the_answers_that_are_learned_are_the_worlds_own(tokenizer):
         assert asked.endswith("<|im_end|>\n")
 
 
-def test_a_fixed_batch_has_the_sizes_of_its_geometry(tokenizer):
+def test_all_batches_of_a_geometry_have_the_same_sizes(tokenizer):
     for geometry in GEOMETRIES:
-        batch = draw_batch(tokenizer, geometry, fixed=True)
-        assert batch.ids.shape[1:] == (batches.QUESTIONS, geometry.length)
-        assert batch.answers.shape == batch.before.shape == (batch.kinds.numel() * batches.ANSWER_LENGTH,)
+        one, other = (draw_batch(tokenizer, geometry, seed=seed) for seed in (1, 2))
+        assert [tensor.shape for tensor in one] == [tensor.shape for tensor in other]
+        assert one.ids.shape[1:] == (geometry.asked.questions, geometry.asked.length)
 
 
-@pytest.mark.parametrize("choice", [False, True], ids=["open", "choice"])
-def test_the_longest_questions_fit_into_a_fixed_batch(choice, tokenizer):
-    geometry = batches.Geometry(16, (56, 56), timestamps=True, late=True, choice=choice)
-    source = batches.Batches(tokenizer, SimpleNamespace(value=0), "test", 6000, fixed=True)
+@pytest.mark.parametrize("form", ["short", "long", "choice"])
+def test_the_longest_questions_of_a_form_fit_with_all_their_answers(form, tokenizer):
+    geometry = batches.Geometry(16, (56, 56), timestamps=True, late=form != "long", form=form)
     for seed in range(12):
-        batch = source.draw(Random(seed), geometry)
-        assert batch.ids.shape[2] == geometry.length
-        assert batch.answers.numel() == batch.kinds.numel() * batches.ANSWER_LENGTH
+        batch = draw_batch(tokenizer, geometry, tokens=6000, seed=seed)
+        ends = (batch.ids == tokenizer.eos_token_id).flatten().sum()
+        # A question has three turns' ends (the system's and the user's are in the prefix and before the answer).
+        assert (batch.answers == tokenizer.eos_token_id).sum() * 2 == ends
 
 
-def test_a_fixed_batch_keeps_its_size_when_its_answers_are_too_long(tokenizer, monkeypatch):
-    monkeypatch.setattr(batches, "ANSWER_LENGTH", 2)
-    batch = draw_batch(tokenizer, GEOMETRIES[0], fixed=True)
+def test_a_batch_keeps_its_size_when_its_answers_are_too_long(tokenizer, monkeypatch):
+    form = replace(batches.FORMS["long"], answer_length=2)
+    monkeypatch.setitem(batches.FORMS, "long", form)
+    batch = draw_batch(tokenizer, GEOMETRIES[0])
     assert batch.answers.numel() == batch.before.numel() == 2 * batch.kinds.numel()
+
+
+def test_only_kinds_of_the_level_are_asked(tokenizer):
+    source = batches.Batches(tokenizer, SimpleNamespace(value=0), "test", 1000)
+    for level in batches.LEVELS:
+        for form in set(level.forms):
+            geometry = batches.Geometry(4, (56, 56), timestamps=level.timestamps, late=False, form=form)
+            kinds = {batches.SCORES[row] for row in source.draw(Random(0), geometry, level).kinds.tolist()}
+            assert {kind.removeprefix("choice ") for kind in kinds} <= set(level.kinds)
+            assert all(kind.startswith("choice ") == (form == "choice") for kind in kinds)
 
 
 def test_exact_counts_an_answer_only_if_all_of_its_tokens_are_right(tokenizer):
@@ -119,3 +133,39 @@ def test_the_loss_falls_on_a_batch_that_is_seen_again(tokenizer):
         losses.append(trainer.loss.item())
     assert losses[-1] < 0.6 * losses[0]
     assert trainer.scores[1].sum() == 12 * 2 * batch.kinds.numel()  # by kind, and by length
+
+
+def test_a_pair_of_frames_is_named_by_what_it_shows():
+    torch.manual_seed(0)
+    frames, shares = sight.pairs_of_frames(400)
+    colour, shape, background, direction = shares.split((8, 4, 4, 4), -1)
+    for table, shown, columns in ((COLOURS, colour, slice(0, 3)), (BACKGROUNDS, background, slice(3, 6))):
+        palette = torch.tensor(list(table.values()), dtype=torch.float32)
+        drawn = (frames[:, :, None, columns] == palette).all(-1).float()  # [pairs, 2, colours]
+        assert torch.equal(drawn.mean(1), shown)
+    assert torch.equal(torch.nn.functional.one_hot(frames[..., 6].long(), 4).float().mean(1), shape)
+    same = direction.sum(-1) == 1
+    assert 0.7 < same.float().mean() < 0.9 and (direction.sum(-1)[~same] == 0).all()
+    # Most pairs move the way they say; where a shape starts again, it jumps back.
+    moved = frames[same, 1, 7:9] - frames[same, 0, 7:9]
+    way = direction[same] @ torch.tensor([[-1.0, 0], [1, 0], [0, -1], [0, 1]])
+    along, across = (moved * way).sum(-1), (moved * way.flip(-1)).sum(-1)
+    assert (along > 0).float().mean() > 0.8 and across.abs().max() < 1e-6
+
+
+def test_the_tower_learns_to_be_the_sum_of_its_words(tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    model = train.build_model(tokenizer)
+    before = {name: weight.clone() for name, weight in model.model.language_model.named_parameters()}
+    frames, shares = sight.pairs_of_frames(8)
+    monkeypatch.setattr(sight, "pairs_of_frames", lambda: (frames, shares))
+    monkeypatch.setattr(sight, "SIZES", ((56, 56),))
+    sight.pretrain_vision(model, tokenizer, torch.device("cpu"), 150, 2e-3, Random(0))
+    words = sight.word_embeddings(model, tokenizer, [*COLOURS, *SHAPES, *BACKGROUNDS, *DIRECTIONS])
+    pixels = sight.draw(frames, (56, 56), torch.tensor([1.0, 1.0, 0.0, 0.0])).round().to(torch.uint8).flatten(0, 1)
+    grid = torch.tensor([batches.SPEC.grid(16, 56, 56)])
+    with torch.no_grad():
+        features = model.model.visual(patchify(pixels, batches.SPEC), grid_thw=grid).pooler_output
+    meant = (shares @ words).repeat_interleave(4, 0)
+    assert torch.nn.functional.cosine_similarity(features, meant).mean() > 0.8
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.language_model.named_parameters())

@@ -20,7 +20,7 @@ from random import Random
 
 from rrvideo.pipeline import EMBEDDED, VideoQA
 
-from .world import KINDS, MAX_SCENES, Question, draw_world, multiple_choice, questions, write_video
+from .world import CHOICE_KINDS, KINDS, MAX_SCENES, Question, draw_world, multiple_choice, questions, write_video
 
 CARD = EMBEDDED["tiny"] / "README.md"
 
@@ -87,7 +87,7 @@ def measure(qa: VideoQA, clips: Iterable[Clip], group: str, cache: Path) -> Iter
                     continue
                 question = rng.choice(possible)
                 forms = [(kind, question)]
-                if kind not in {"presence", "describe", "each"}:
+                if kind in CHOICE_KINDS:
                     forms.append(("choice", multiple_choice(question, world, rng, times)))
                 for name, form in forms:
                     answer = video.ask(form.text)
@@ -96,11 +96,16 @@ def measure(qa: VideoQA, clips: Iterable[Clip], group: str, cache: Path) -> Iter
 
 
 def is_right(question: Question, answer: str, step: float) -> bool:
-    """Whether an answer is exact, or names a time no more than a temporal step away."""
-    if question.kind == "when" and not question.options:
-        seconds = [_seconds(text) for text in (answer, question.answer)]
-        return None not in seconds and abs(seconds[0] - seconds[1]) <= step  # type: ignore[operator]
-    return answer == question.answer
+    """Whether an answer is exact, but for times that are no more than a temporal step (seconds) away."""
+    if question.options:
+        return answer == question.answer
+    said, meant = (text.replace(",", " ").split() for text in (answer, question.answer))
+    return len(said) == len(meant) and all(a == b or _near(a, b, step) for a, b in zip(said, meant, strict=True))
+
+
+def _near(a: str, b: str, step: float) -> bool:
+    seconds, others = _seconds(a), _seconds(b)
+    return seconds is not None and others is not None and abs(seconds - others) <= step
 
 
 def _seconds(text: str) -> int | None:

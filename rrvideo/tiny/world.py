@@ -16,9 +16,10 @@ from random import Random
 import numpy as np
 import torch
 
-from ..video import format_time
+from ..clock import format_time
 
 __all__ = [
+    "CHOICE_KINDS",
     "KINDS",
     "MULTIPLE_CHOICE",
     "Question",
@@ -47,6 +48,7 @@ BACKGROUNDS = {"white": (240, 240, 240), "black": (14, 14, 14), "grey": (128, 12
 SHAPES = ("circle", "square", "triangle", "star")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MAX_SCENES = 8
+CROSSING = 8.0  # seconds: where a scene lasts longer, its shape starts again, so that its motion shows at any length
 
 # The prompt of Video-MME without subtitles (https://github.com/MME-Benchmarks/Video-MME).
 MULTIPLE_CHOICE = (
@@ -57,7 +59,7 @@ MULTIPLE_CHOICE = (
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One shape that crosses one background from `start` to `end` (seconds)."""
+    """One shape that crosses one background, again and again, from `start` to `end` (seconds)."""
 
     colour: str
     shape: str
@@ -136,6 +138,12 @@ def appearances(world: World, times: Sequence[float]) -> list[str]:
     return [format_time(times[first - first % 2]) for first in starts]
 
 
+def _called(scene: Scene, world: World, rng: Random) -> str:
+    """What a question calls a scene: its coloured shape, or its shape alone where no other scene shows one."""
+    alone = sum(other.shape == scene.shape for other in world.scenes) == 1
+    return scene.shape if alone and rng.random() < 0.5 else scene.name
+
+
 def _colour(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
     shapes = [scene.shape for scene in world.scenes]
     for scene in world.scenes:
@@ -154,13 +162,13 @@ def _shape(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[
 def _background(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
     texts = ("What is the background behind the {}?", "What colour is the background of the {}?")
     for scene in world.scenes:
-        yield rng.choice(texts).format(scene.name), scene.background
+        yield rng.choice(texts).format(_called(scene, world, rng)), scene.background
 
 
 def _direction(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
     texts = ("Which way does the {} move?", "In which direction does the {} move?")
     for scene in world.scenes:
-        yield rng.choice(texts).format(scene.name), scene.direction
+        yield rng.choice(texts).format(_called(scene, world, rng)), scene.direction
 
 
 def _first(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
@@ -174,13 +182,13 @@ def _last(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[s
 def _after(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
     texts = ("What appears right after the {}?", "What comes after the {}?")
     for scene, following in pairwise(world.scenes):
-        yield rng.choice(texts).format(scene.name), following.name
+        yield rng.choice(texts).format(_called(scene, world, rng)), following.name
 
 
 def _before(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
     texts = ("What appears right before the {}?", "What comes before the {}?")
     for scene, following in pairwise(world.scenes):
-        yield rng.choice(texts).format(following.name), scene.name
+        yield rng.choice(texts).format(_called(following, world, rng)), scene.name
 
 
 def _count(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
@@ -215,14 +223,22 @@ def _each(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[s
     tables = {
         "background": dict(zip(names, (scene.background for scene in world.scenes), strict=True)),
         "direction": dict(zip(names, (scene.direction for scene in world.scenes), strict=True)),
-        "time": dict(zip(names, appearances(world, times), strict=True)),
         "colour": {scene.shape: scene.colour for scene in world.scenes},
         "shape": {scene.colour: scene.shape for scene in world.scenes},
     }
     for fact, table in tables.items():
         if len(table) == len(names):  # else one shape has two colours
-            asked = rng.sample(list(table), min(4, len(table)))
-            yield f"Give the {fact} of each: {', '.join(asked)}.", ", ".join(f"{key} {table[key]}" for key in asked)
+            yield _list(fact, table, rng)
+
+
+def _times(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
+    names = [scene.name for scene in world.scenes]
+    yield _list("time", dict(zip(names, appearances(world, times), strict=True)), rng)
+
+
+def _list(fact: str, table: dict[str, str], rng: Random) -> tuple[str, str]:
+    asked = rng.sample(list(table), min(4, len(table)))
+    return f"Give the {fact} of each: {', '.join(asked)}.", ", ".join(f"{key} {table[key]}" for key in asked)
 
 
 KINDS: dict[str, Callable[[World, Random, Sequence[float]], Iterator[tuple[str, str]]]] = {
@@ -239,7 +255,11 @@ KINDS: dict[str, Callable[[World, Random, Sequence[float]], Iterator[tuple[str, 
     "presence": _presence,
     "describe": _describe,
     "each": _each,
+    "times": _times,
 }
+
+
+CHOICE_KINDS = tuple(kind for kind in KINDS if kind not in {"presence", "describe", "each", "times"})
 
 
 def questions(world: World, rng: Random, times: Sequence[float], kinds: Sequence[str] = tuple(KINDS)) -> list[Question]:
@@ -250,7 +270,7 @@ def questions(world: World, rng: Random, times: Sequence[float], kinds: Sequence
 def multiple_choice(question: Question, world: World, rng: Random, times: Sequence[float]) -> Question:
     """The question in Video-MME's form: three wrong options that this video makes plausible, and a letter to answer.
 
-    Raises `ValueError` for kinds that have no four options (presence, describe).
+    Raises `ValueError` for kinds that have no four options: those that are not in `CHOICE_KINDS`.
     """
     wrong = _wrong_answers(question, world, rng, times)
     options = [question.answer, *wrong[:3]]
@@ -295,7 +315,7 @@ def parameters(world: World, times: Sequence[float]) -> np.ndarray:
     for time in times:
         while time >= scene.end - 1e-6 and scene is not world.scenes[-1]:
             scene = next(scenes)
-        progress = (time - scene.start) / (scene.end - scene.start) - 0.5
+        progress = (time - scene.start) / min(CROSSING, scene.end - scene.start) % 1 - 0.5
         right, down = DIRECTIONS[scene.direction]
         x, y = scene.x + right * progress * scene.travel, scene.y + down * progress * scene.travel
         shape = SHAPES.index(scene.shape)
