@@ -1,7 +1,8 @@
-"""Benchmarks on this machine: `python -m rrvideo.bench sampling` and `python -m rrvideo.bench ask`.
+"""Benchmarks on this machine: `rrvideo bench sampling`, `ask`, `prefill` or `quality`.
 
 `sampling` takes 256 frames from a 720p H.264 file in every way there is; `ask` answers a question about the embedded
-sample from a cold start. Each run is a process of its own, so that its time and its peak memory are its own too. The
+sample from a cold start. Each run is a process of its own, so that its time and its peak memory are its own too.
+`prefill` (speed) and `quality` (error against density) are RRAttention's own benchmarks, in kernels/benchmarks. The
 last line that is printed is one JSON document.
 """
 
@@ -33,6 +34,7 @@ MINUTES = (2, 20)
 RATE = 25  # frames per second
 GOP = 250  # frames
 LOOP = 40  # seconds that are encoded; the files repeat them
+KERNELS = Path(__file__).parent.parent / "kernels" / "benchmarks"  # in the repository; a wheel does not hold them
 
 
 class Result(NamedTuple):
@@ -45,17 +47,26 @@ class Result(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rrvideo.bench", description="Benchmarks on this machine.")
+    parser = argparse.ArgumentParser(prog="rrvideo bench", description="Benchmarks on this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
     sampling = commands.add_parser("sampling", help="seconds and memory to sample a long video")
     sampling.add_argument("--repeats", type=int, default=3)
     sampling.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "rrvideo-bench")
     ask = commands.add_parser("ask", help="seconds from the command to the embedded model's answer")
     ask.add_argument("--repeats", type=int, default=5)
+    for name, about in (("prefill", "speed of RRAttention's kernels"), ("quality", "its error against its density")):
+        commands.add_parser(name, help=f"{about}; --help tells its options", add_help=False)
     once = commands.add_parser("run-once", help="one run of a benchmark, in a process of its own")
     once.add_argument("way", choices=WAYS)
     once.add_argument("path", type=Path)
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if arguments.command in ("prefill", "quality"):
+        script = KERNELS / f"{arguments.command}.py"
+        if not script.exists():
+            sys.exit(f"{script.name} comes with the repository, not with the installed package: run this from a checkout")
+        sys.exit(subprocess.run([sys.executable, script, *rest], check=False).returncode)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "sampling":
         bench_sampling(arguments.repeats, arguments.cache)
     elif arguments.command == "ask":

@@ -104,6 +104,10 @@ class FrameIndex:
     by_arrival: bool
     warnings: tuple[str, ...]
 
+    def __fspath__(self) -> str:
+        """The path of the file, so that an index stands for its file wherever a path is wanted."""
+        return self.path
+
     def __len__(self) -> int:
         return len(self.order)
 

@@ -161,6 +161,7 @@ def plan_samples(
 
     `uniform` takes the frames that qwen-vl-utils takes. `keyframes` takes the keyframe nearest to each of these, once;
     they are fewer, perhaps an odd number, and decoding them is many times faster.
+    Given `plan.index` of an earlier plan for `path`, the file is not read again.
     Raises `VideoError` if the file is no video or the clip lies outside it, and `BudgetError` if `limits` have no room
     for so many frames.
     """
@@ -171,7 +172,7 @@ def plan_samples(
     if sampling not in {"uniform", "keyframes"}:
         raise ValueError(f"sampling must be 'uniform' or 'keyframes', got {sampling!r}")
     limits = limits or PixelLimits()
-    index = scan(path)
+    index = path if isinstance(path, FrameIndex) else scan(path)
     warnings = list(index.warnings)
     start, end = _clip(index, start, end, warnings)
     first, last = _frames_within(index, start, end)

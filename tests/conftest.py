@@ -1,13 +1,56 @@
-"""What every test needs before it is imported."""
+"""What every test needs before it is imported, and where the Triton kernels run: on a GPU, else interpreted."""
 
 import os
 
 # Threads that wait must not spin: on a busy machine that makes short operations tens of times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import pytest
 import torch
 
 from rrvideo.compat import mend_torchvision
 
 mend_torchvision()  # before any test imports transformers
 torch.set_num_threads(2)
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before any test imports Triton, which reads it where kernels are defined
+
+# The interpreter's bfloat16 products are wrong: that dtype is for GPUs.
+TARGETS = [("cpu", "float32"), ("cpu", "float16"), ("cuda", "float32"), ("cuda", "float16"), ("cuda", "bfloat16")]
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not HAS_GPU:
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            (device, getattr(torch, dtype)), id=f"{device}-{dtype}", marks=[pytest.mark.gpu] * (device == "cuda")
+        )
+        for device, dtype in TARGETS
+    ]
+)
+def kernel_target(request):
+    """The device and dtype that a test of Triton kernels uses: the interpreter, or with the mark `gpu` a real GPU."""
+    if request.param[0] == "cpu" and HAS_GPU:
+        pytest.skip("kernels run on the GPU here")
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fill fresh memory with NaN, or the largest integer, so that whatever a kernel fails to write is noticed."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -391,7 +391,7 @@ def test_estimating_and_selecting_read_nothing_back_from_the_device(scope):
         ({"v": torch.zeros(2, 2, 71, 8)}, r"v must have the shape.*71"),
         ({"kv_start": torch.zeros(3, dtype=torch.long)}, r"kv_start must be \[2\] .* \[3\]"),
         ({"kv_start": torch.zeros(2)}, r"kv_start must be .*float32"),
-        ({"backend": "cuda"}, r"backend must be one of auto, reference, got 'cuda'"),
+        ({"backend": "cuda"}, r"backend must be one of auto, triton, cpu, reference, got 'cuda'"),
     ],
     ids=str,
 )

@@ -219,3 +219,12 @@ def test_importing_is_light():
     script = f"import sys, rrvideo.video; print({heavy} or 'light')"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "light"
+
+
+def test_a_plan_for_another_clip_need_not_read_the_file_again(tmp_path):
+    path = tmp_path / "clip.mp4"
+    write_video(path, numbered_frames(60), fps=20)
+    first = plan_samples(path, end=1)
+    expected = plan_samples(path, start=1)
+    path.unlink()
+    assert plan_samples(first.index, start=1) == expected

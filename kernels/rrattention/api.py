@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -11,7 +12,7 @@ from rrattention.blocks import BlockGrid, BlockSelection, BlockStats
 from rrattention.config import RRConfig
 from rrattention.dense import dense_attention
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
 
 _DEFAULT = RRConfig()
 
@@ -35,14 +36,14 @@ def rr_attention(
     scale: factor on the scores, 1 / sqrt(D) by default.
     kv_start: [batch] integers in [0, Lk], the first valid key of each sequence (left padding). A sequence is cut into
         blocks from there, so it selects what it would alone; rows before it come out as zeros.
-    backend: one of `BACKENDS`; "auto" takes the best for the device.
+    backend: one of `BACKENDS`; "auto" takes Triton on a CUDA GPU, "cpu" on a CPU, and the reference elsewhere.
 
     Returns [batch, heads, Lq, D], and with `return_stats` also the `BlockStats` of the call. With fewer than
     `config.min_tokens` keys the call is dense. ValueError names the argument that is wrong.
     """
     _check_query_key(q, k)
     _check_value(k, v)
-    stages, scale = _stages(backend), _scale(q, scale)
+    stages, scale = _stages(backend, q), _scale(q, scale)
     grid = BlockGrid.of(q, q.shape[2], k.shape[2], config, causal=causal, kv_start=kv_start)
 
     if grid.key_length < config.min_tokens:
@@ -69,7 +70,7 @@ def estimate(
     """Return block scores, [batch, heads, query_blocks, key_blocks], for arguments as in `rr_attention`."""
     _check_query_key(q, k)
     grid = BlockGrid.of(q, q.shape[2], k.shape[2], config, causal=causal, kv_start=kv_start)
-    return _stages(backend).estimate(q, k, grid, stride=config.stride, scale=_scale(q, scale))
+    return _stages(backend, q).estimate(q, k, grid, stride=config.stride, scale=_scale(q, scale))
 
 
 def select(
@@ -91,7 +92,7 @@ def select(
             f"scores must have {grid.query_blocks} x {grid.key_blocks} blocks for lengths {query_length} and "
             f"{key_length}, got {tuple(scores.shape)}"
         )
-    return _stages(backend).select(scores, grid, config)
+    return _stages(backend, scores).select(scores, grid, config)
 
 
 def attend(
@@ -104,13 +105,25 @@ def attend(
     made_for = (*selection.indices.shape[:2], selection.grid.query_length, selection.grid.key_length)
     if made_for != needed:
         raise ValueError(f"selection must be for batch, heads and lengths {needed}, got one for {made_for}")
-    return _stages(backend).attend(q, k, v, selection, scale=_scale(q, scale))
+    return _stages(backend, q).attend(q, k, v, selection, scale=_scale(q, scale))
 
 
-def _stages(backend: str) -> ModuleType:
-    """Return the module that holds estimate, select and attend for `backend`."""
+def _stages(backend: str, like: Tensor) -> ModuleType:
+    """Return the module that holds estimate, select and attend for `backend`; "auto" is the best for `like`."""
+    if backend == "auto":
+        backend = {"cuda": "triton", "cpu": "cpu"}.get(like.device.type, "reference")
+        if backend == "triton" and (like.dtype == torch.float64 or find_spec("triton") is None):
+            backend = "reference"
     match backend:
-        case "auto" | "reference":
+        case "triton":
+            from rrattention import triton
+
+            return triton
+        case "cpu":
+            from rrattention import cpu
+
+            return cpu
+        case "reference":
             from rrattention import reference
 
             return reference

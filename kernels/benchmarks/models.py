@@ -1,0 +1,231 @@
+"""Real models for the benchmarks: what reaches their attention, and what they lose when it is replaced.
+
+A `Task` is a loaded checkpoint with something to read: a text, of which it predicts the second half token by token; or
+videos, of which it is asked questions with known answers. Its attention can be replaced by any function.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from inputs import Inputs
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rrattention import dense_attention
+
+ATTENTION = "rrattention-benchmark"  # the name under which a function is put into a model
+FRAMES = 32  # of a video that are encoded at a time
+QUESTIONS = 12  # about each video of the embedded model's world
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model and `loss()`, which prefills and returns nats a token: mean over what the model should have said."""
+
+    name: str
+    model: Any
+    loss: Callable[[], float]
+
+    @property
+    def layers(self) -> int:
+        return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+@contextmanager
+def attending(model: Any, attend: Attend) -> Iterator[None]:
+    """Let the text part of a Hugging Face model attend with `attend(layer, q, k, v, scale) -> [B, H, Lq, D]`.
+
+    For batches without padding: every call is causal, with the last query on the last key.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+    def attention(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        return attend(module.layer_idx, q, k, v, scaling).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, lambda **_: None)
+    config = model.config.get_text_config(decoder=True)
+    text = next(part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config)
+    before = config._attn_implementation
+    text.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        text.set_attn_implementation(before)
+
+
+def capture(task: Task, layers: Sequence[int] = ()) -> list[Inputs]:
+    """Return what reaches attention in the task's prefills, in `layers` or in all, while the model attends densely."""
+    wanted = set(layers) or set(range(task.layers))
+    kept: list[Inputs] = []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if layer in wanted and q.shape[2] == k.shape[2]:
+            kept.append(Inputs(f"{task.name}, layer {layer}", q.clone(), k.clone(), v.clone(), scale))
+        return dense_attention(q, k, v, scale=scale)
+
+    with attending(task.model, attend):
+        task.loss()
+    return kept
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Add the options that `load_task` reads."""
+    parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint, or 'tiny', the embedded model")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="what the model reads")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="what a Qwen2-VL model watches")
+    parser.add_argument("--fps", type=float, default=1.0, help="frames a second of --video (default: 1)")
+    parser.add_argument(
+        "--ask",
+        nargs=2,
+        action="append",
+        metavar=("QUESTION", "ANSWER"),
+        help="about --video (default: a description, where the answer is what the model says with dense attention)",
+    )
+    parser.add_argument("--world", type=int, default=1, metavar="VIDEOS", help="with neither: videos of our own world")
+    parser.add_argument("--world-seconds", type=float, default=300, help="the length of each (default: 300)")
+    parser.add_argument("--device", type=torch.device, help="default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: by device")
+
+
+def load_task(arguments: Namespace, dtype: torch.dtype, tokens: int | None = None) -> Task:
+    """Load `--model` with what it is to read: `--text` (its first `tokens` tokens), `--video`, or videos of our world.
+
+    Videos need one of the families of models that rrvideo knows.
+    """
+    from rrvideo.compat import mend_torchvision
+
+    mend_torchvision()
+    path = arguments.model
+    if path == "tiny":
+        from rrvideo.pipeline import EMBEDDED
+
+        path = EMBEDDED["tiny"]
+    if arguments.text is not None:
+        return _text_task(path, arguments, dtype, tokens)
+    return _video_task(path, arguments, dtype)
+
+
+def _text_task(path: str | Path, arguments: Namespace, dtype: torch.dtype, tokens: int | None) -> Task:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(path, dtype=dtype)
+    model = model.to(arguments.device).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ids = tokenizer(arguments.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    ids = ids[:, :tokens].to(arguments.device)
+    half = ids.shape[1] // 2
+
+    @torch.no_grad()
+    def loss() -> float:
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - half).logits[0, :-1]
+        return float(cross_entropy(logits.float(), ids[0, half + 1 :]))
+
+    return Task(f"{Path(arguments.model).name} on {arguments.text.name}, {ids.shape[1]} tokens", model, loss)
+
+
+def _video_task(path: str | Path, arguments: Namespace, dtype: torch.dtype) -> Task:
+    from rrvideo import VideoQA
+
+    qa = VideoQA.load(path, attention="full", device=arguments.device, dtype=dtype)
+    watched: list[_Watched] = []
+    if arguments.video is not None:
+        asked = arguments.ask
+        if asked is None:
+            question = "Describe the video."
+            with qa.watch(arguments.video, fps=arguments.fps) as video:
+                asked = [(question, video.ask(question, max_new_tokens=64).text)]
+        watched.append(_Watched.of(qa.checkpoint, arguments.video, arguments.fps, lambda _: asked))
+        shown = arguments.video.name
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for seed in range(arguments.world):
+                watched.append(_watch_world(qa.checkpoint, seed, arguments.world_seconds, Path(folder) / f"{seed}.mp4"))
+        shown = f"{arguments.world} videos of our world"
+    sizes = sorted(video.embeddings.shape[1] for video in watched)
+
+    def loss() -> float:
+        losses = torch.cat([video.losses() for video in watched])
+        return float(losses.mean())
+
+    return Task(f"{Path(arguments.model).name} on {shown}, {sizes[0]} to {sizes[-1]} tokens", qa.checkpoint.model, loss)
+
+
+def _watch_world(checkpoint: Any, seed: int, seconds: float, path: Path) -> _Watched:
+    """Write a video of the embedded model's world to `path`, and ask what can be asked of it."""
+    from rrvideo.tiny.world import MAX_SCENES, draw_world, questions, write_video
+
+    random = Random(f"quality {seed}")
+    world = draw_world(random, seconds, max(1, min(MAX_SCENES, int(seconds / 8))))
+    write_video(world, path, width=192, height=144, fps=2)
+
+    def ask(times: Sequence[float]) -> list[tuple[str, str]]:
+        possible = questions(world, random, times)
+        chosen = random.sample(possible, min(QUESTIONS, len(possible)))
+        return [(question.text, question.answer) for question in chosen]
+
+    return _Watched.of(checkpoint, path, 1.0, ask)
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """A video as embeddings [1, tokens, hidden], ready to be prefilled again and again, and what is asked of it."""
+
+    checkpoint: Any
+    prefix: Any
+    embeddings: Tensor
+    asked: list[tuple[Tensor, Tensor]]  # token ids of each question and of its answer
+
+    @classmethod
+    def of(
+        cls, checkpoint: Any, path: Path, fps: float, ask: Callable[[Sequence[float]], Sequence[tuple[str, str]]]
+    ) -> _Watched:
+        import numpy as np
+
+        from rrvideo.tokens import patchify
+        from rrvideo.video import plan_samples, read_frames
+
+        plan = plan_samples(path, fps=fps, limits=checkpoint.limits)
+        frames, times, features = iter(read_frames(plan)), [], []
+        while chunk := list(islice(frames, FRAMES)):
+            times += [frame.time for frame in chunk]
+            pixels = np.stack([frame.image for frame in chunk])
+            patches = patchify(torch.from_numpy(pixels).to(checkpoint.device), checkpoint.spec)
+            features.append(checkpoint.encode(patches, torch.tensor([checkpoint.spec.grid(*pixels.shape[:3])])))
+        prefix = checkpoint.prefix(times, (plan.height, plan.width))
+        embeddings = checkpoint.embed(prefix.input_ids)
+        embeddings[prefix.visual] = torch.cat(features)
+        tokenizer, asked = checkpoint.tokenizer, []
+        for question, answer in ask(times):
+            ids = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+            asked.append((checkpoint.question(prefix, [question]), torch.tensor(ids)))
+        return cls(checkpoint, prefix, embeddings[None], asked)
+
+    def losses(self) -> Tensor:
+        """Prefill the video, and return the loss of each token of the answers."""
+        checkpoint, cache = self.checkpoint, self.checkpoint.new_cache()
+        checkpoint.forward(self.embeddings, self.prefix.positions[:, None], cache)
+        losses = []
+        for question, answer in self.asked:
+            ids = torch.cat([question, answer[:-1]])
+            positions = self.prefix.next_positions(len(ids))[:, None]
+            logits = checkpoint.forward(checkpoint.embed(ids)[None], positions, cache, last_only=False)
+            cache.crop(-len(ids))
+            wanted = answer.to(logits.device)
+            losses.append(cross_entropy(logits[0, -len(answer) :].float(), wanted, reduction="none"))
+        return torch.cat(losses)

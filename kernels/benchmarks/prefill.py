@@ -1,0 +1,381 @@
+"""Time one attention call of a prefill: dense, block-sparse by others, and RRAttention, stage by stage.
+
+    python kernels/benchmarks/prefill.py                             a generator's inputs, on the GPU if there is one
+    python kernels/benchmarks/prefill.py --lengths 8192 131072 --tau .95 .9 --scope row heads --ceilings
+    python kernels/benchmarks/prefill.py --model PATH --text FILE    what reaches one layer of a model
+
+Correctness comes first: at a small length every stage is compared with the reference in float64, and at each length
+some rows of the output are computed again in float64. A red gate ends the run with exit code 1 and without a speedup.
+Times are medians over runs by turns; the last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Times, Work, check, default_device, finish, machine, measure, print_gate, relative_error, table
+from inputs import Inputs, generate
+from models import add_model_arguments, capture, load_task
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from rrattention import BACKENDS, BlockSelection, RRConfig, attend, dense_attention, estimate, rr_attention, select
+
+GATE_LENGTH = 1100  # tokens: nine blocks, the last of them ragged
+SPOT_ROWS = 16  # rows of the output that are computed again at each length
+# How far scores may be from those of float64, as relative L2: products in the inputs' own precision, and logits of 30.
+SCORE_ERROR = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
+# Shape, type and lengths that are usual for a device: Qwen2-VL-7B on a GPU, an eighth of it on a CPU.
+DEFAULTS = {
+    "cuda": (28, 4, 128, "bfloat16", [2**i for i in range(12, 19)]),
+    "cpu": (8, 2, 64, "float32", [4096, 8192, 16384]),
+}
+COLUMNS = {
+    **{"length": "d", "way": "s", "tau": "g", "ms": ".3f", "low": ".3f", "high": ".3f", "speedup": ".2f"},
+    **{"density": ".3f", "chosen": ".3f", "estimate": ".3f", "select": ".3f", "attend": ".3f", "flex": ".3f"},
+    **{"overhead": ".1%", "TFLOP/s": ".4g", "rate": ".0%", "error": ".4f", "peak MB": ".0f"},
+}
+LEGEND = """\
+ms, low, high     median, fastest and slowest run of the whole call
+speedup           against the fastest dense way in the same run
+density, chosen   kept over visible blocks, and the same without the mandatory ones
+estimate, ...     ms of the stages; flex: of compiled flex_attention over the same blocks, to be compared with attend
+overhead          estimate and select over the fastest dense way
+TFLOP/s           4 * head_dim for each (query, key) pair that the blocks hold, over the time of attention alone
+rate              these TFLOP/s over those of the fastest dense way
+error             relative L2 of the output against dense attention
+peak MB           memory that the call takes beside its inputs"""
+
+
+def main() -> int:
+    arguments = _arguments()
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    print(machine(device))
+    summary: dict[str, Any] = {"benchmark": "prefill", "machine": machine(device), "dtype": arguments.dtype}
+    gate = list(check_small(arguments, dtype))
+    print_gate(gate)
+    limit = gate[-1]["limit"]
+    rows: list[dict[str, Any]] = []
+    if arguments.ceilings and all(one["green"] for one in gate):
+        summary["ceilings"] = ceilings(device)
+        print(", ".join(f"{name} {value:.1f}" for name, value in summary["ceilings"].items()))
+    for inputs in _inputs(arguments, dtype):
+        if not all(one["green"] for one in gate):
+            break
+        found, checks = time_length(inputs, arguments, limit=limit)
+        gate += checks
+        print_gate(checks)
+        if all(one["green"] for one in checks):
+            rows += found
+            print(table(found, COLUMNS), flush=True)
+            summary |= {"inputs": inputs.name, "heads": inputs.q.shape[1], "kv_heads": inputs.k.shape[1]}
+            summary |= {"head_dim": inputs.q.shape[3]}
+        del inputs
+    green = all(one["green"] for one in gate)
+    print(LEGEND if green else "The gate is red: a stage is wrong, and its speed means nothing.")
+    finish(summary | {"green": green, "gate": gate, "rows": rows}, arguments.json)
+    return 0 if green else 1
+
+
+def check_small(arguments: argparse.Namespace, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Compare every stage with the reference in float64 at `GATE_LENGTH` tokens."""
+    backend, config = arguments.backend, RRConfig(tau=arguments.tau[0], scope=arguments.scope[0], min_tokens=0)
+    shape = (arguments.heads, arguments.kv_heads, arguments.head_dim, GATE_LENGTH)
+    inputs = generate(*shape, dtype=dtype, device=arguments.device)
+    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
+    exact_q, exact_k, exact_v = q.double(), k.double(), v.double()
+
+    scores = estimate(q, k, config=config, scale=scale, backend=backend)
+    expected = estimate(exact_q, exact_k, config=config, scale=scale, backend="reference")
+    yield check("estimate", relative_error(scores, expected), SCORE_ERROR[dtype])
+
+    for scope in arguments.scope:
+        for tau in (*arguments.tau, 1.0):
+            rule = RRConfig(tau=tau, scope=scope)
+            kept, wanted = (
+                select(scores, GATE_LENGTH, GATE_LENGTH, config=rule, backend=b).mask() for b in (backend, "reference")
+            )
+            yield check(f"select {scope} tau {tau:g}", float((kept != wanted).sum() / wanted.sum()), 1e-3)
+
+    # What dense attention loses in this precision is the measure of what ours may lose.
+    dense = dense_attention(exact_q, exact_k, exact_v, scale=scale)
+    limit = 2 * relative_error(dense_attention(q, k, v, scale=scale), dense) + 1e-6
+    whole = rr_attention(q, k, v, config=RRConfig(tau=1.0, min_tokens=0), scale=scale, backend=backend)
+    yield check("tau 1 against dense", relative_error(whole, dense), limit)
+    selection = select(scores, GATE_LENGTH, GATE_LENGTH, config=config, backend=backend)
+    out = attend(q, k, v, selection, scale=scale, backend=backend)
+    expected = attend(exact_q, exact_k, exact_v, selection, scale=scale, backend="reference")
+    yield check("attend", relative_error(out, expected), limit)
+
+
+def time_length(
+    inputs: Inputs, arguments: argparse.Namespace, *, limit: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Time all ways at one length. Returns table rows and the checks of the outputs at that length."""
+    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
+    length, device, backend = q.shape[2], q.device, arguments.backend
+    dense_ways = dict(_dense_ways(inputs, arguments.against))
+    works: dict[Any, Work] = {("dense", name): work for name, work in dense_ways.items()}
+    baseline = next(iter(dense_ways.values()))()
+    dense_rows: list[dict[str, Any]] = [
+        {"way": name, "error": relative_error(work(), baseline)} for name, work in dense_ways.items()
+    ]
+
+    any_config = RRConfig(min_tokens=0)
+    scores = estimate(q, k, config=any_config, scale=scale, backend=backend)
+    works["estimate"] = lambda: estimate(q, k, config=any_config, scale=scale, backend=backend)
+    configs = [RRConfig(tau=tau, scope=scope, min_tokens=0) for tau in arguments.tau for scope in arguments.scope]
+    rows: list[dict[str, Any]] = []
+    checks = []
+    for config in configs:
+        selection = select(scores, length, length, config=config, backend=backend)
+        out = attend(q, k, v, selection, scale=scale, backend=backend)
+        name = f"rows at {length}, {config.scope} tau {config.tau:g}"
+        checks.append(check(name, spot_error(inputs, selection, out), 2 * limit))  # a few rows scatter more than all
+        rows.append(_described(config, selection) | {"error": relative_error(out, baseline)})
+        works |= {(config, name): work for name, work in _stages(inputs, config, scores, selection, backend).items()}
+        if "flex" in arguments.against and (flex := _flex(inputs, selection)):
+            works[config, "flex"] = flex
+    del baseline, out
+
+    times = measure(works, device, arguments.seconds)
+    pairs = length * (length + 1) // 2 * q.shape[1]
+    flops = 4e-9 * q.shape[3]  # of a pair, so that milliseconds give TFLOP/s
+    fastest = min(times["dense", name].median for name in dense_ways)
+    best_rate = flops * pairs / fastest
+    for row in dense_rows:
+        taken = times["dense", row["way"]]
+        row |= {"length": length, **_columns(taken), "speedup": fastest / taken.median}
+        row |= {"TFLOP/s": flops * pairs / taken.median}
+    for config, row in zip(configs, rows, strict=True):
+        taken = times[config, "total"]
+        row |= {"length": length, **_columns(taken), "speedup": fastest / taken.median}
+        row |= {"estimate": times["estimate"].median}
+        row |= {name: times[config, name].median for name in ("select", "attend", "flex") if (config, name) in times}
+        row |= {"overhead": (row["estimate"] + row["select"]) / fastest}
+        row |= {"TFLOP/s": flops * row["pairs"] / row["attend"]}
+        row |= {"rate": row["TFLOP/s"] / best_rate}
+    return dense_rows + rows, checks
+
+
+def spot_error(inputs: Inputs, selection: BlockSelection, out: Tensor) -> float:
+    """Relative L2 error of some rows of `out`, from early to late, against attention over their blocks in float64."""
+    length, heads, size = inputs.q.shape[2], inputs.q.shape[1], selection.grid.block_size
+    group, difference, norm = heads // inputs.k.shape[1], 0.0, 0.0
+    for i in range(SPOT_ROWS):
+        h, r = i * 5 % heads, (length - 1) * (i + 1) // SPOT_ROWS
+        count = int(selection.counts[0, h, r // size])
+        blocks = selection.indices[0, h, r // size, :count].long()
+        columns = (blocks[:, None] * size + torch.arange(size, device=out.device)).flatten()
+        columns = columns[columns <= r]
+        keys, values = inputs.k[0, h // group, columns].double(), inputs.v[0, h // group, columns].double()
+        expected = torch.softmax(inputs.scale * keys @ inputs.q[0, h, r].double(), dim=0) @ values
+        difference += float((out[0, h, r].double() - expected).square().sum())
+        norm += float(expected.square().sum())
+    return (difference / norm) ** 0.5
+
+
+def kept_pairs(selection: BlockSelection) -> int:
+    """How many (query, key) pairs causal attention over the kept blocks computes, over batch and heads.
+
+    The diagonal block is always kept; all others are whole, except that the last query block may have fewer rows.
+    """
+    grid = selection.grid
+    size, length = grid.block_size, grid.query_length
+    rows = (length - torch.arange(grid.query_blocks, device=grid.device) * size).clamp(max=size)
+    pairs = rows * size * (selection.counts - 1) + rows * (rows + 1) // 2
+    return int(pairs.sum())
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What the machine can do at best: GB/s of a large copy (read and written), TFLOP/s of a large matrix product."""
+    if device.type == "cuda":
+        count, size, dtype = 2**29, 8192, torch.bfloat16
+    else:
+        count, size, dtype = 2**26, 2048, torch.float32
+    source = torch.zeros(count, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, 0.5)
+    kind = str(dtype).removeprefix("torch.")
+    return {
+        "copy GB/s": 2e-6 * source.nbytes / times["copy"].median,
+        f"{kind} matmul TFLOP/s": 2e-9 * size**3 / times["matmul"].median,
+    }
+
+
+def _dense_ways(inputs: Inputs, against: list[str]) -> Iterator[tuple[str, Work]]:
+    """Each way to compute dense attention that works here; what does not work is said."""
+    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
+    group = q.shape[1] // k.shape[1]
+
+    def sdpa(backend: SDPBackend, k: Tensor, v: Tensor, grouped: bool) -> Work:
+        def work() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+
+        return work
+
+    if q.device.type == "cuda":
+        kinds = {
+            "flash": SDPBackend.FLASH_ATTENTION,
+            "cuDNN": SDPBackend.CUDNN_ATTENTION,
+            "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        }
+        for name, backend in kinds.items():
+            if works_here(f"SDPA {name}", work := sdpa(backend, k, v, group > 1)):
+                yield f"SDPA {name}", work
+            elif group > 1:
+                many_k, many_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+                if works_here(f"SDPA {name} repeated", work := sdpa(backend, many_k, many_v, False)):
+                    yield f"SDPA {name} repeated", work  # K and V once for each query head, made before the clock runs
+    else:
+        yield "SDPA", lambda: dense_attention(q, k, v, scale=scale)
+    if "flash_attn" in against:
+        try:
+            from flash_attn import flash_attn_func
+        except ImportError:
+            print("flash_attn is not installed")
+            return
+        turned = [x.transpose(1, 2) for x in (q, k, v)]
+
+        def flash() -> Tensor:
+            return flash_attn_func(*turned, softmax_scale=scale, causal=True).transpose(1, 2)
+
+        if works_here("flash_attn", flash):
+            yield "flash_attn", flash
+
+
+def works_here(name: str, work: Work) -> bool:
+    """Try it, and print why it does not work if so."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SDPA tells of each backend why it was not taken
+            work()
+    except (RuntimeError, ImportError, TypeError, ValueError) as error:
+        print(f"{name} does not work here: {str(error).splitlines()[0][:120]}")
+        return False
+    return True
+
+
+def _flex(inputs: Inputs, selection: BlockSelection) -> Work | None:
+    """Compiled flex_attention over the same blocks, or None (and a word) where it does not work."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    grid, size = selection.grid, selection.grid.block_size
+    diagonal = torch.zeros_like(selection.indices)
+    diagonal[..., 0] = torch.arange(grid.query_blocks, device=grid.device)
+    blocks = BlockMask.from_kv_blocks(
+        torch.ones_like(selection.counts),  # the diagonal block, which is last in each list, is masked by token
+        diagonal,
+        selection.counts - 1,
+        selection.indices.clamp(0, grid.key_blocks - 1),
+        BLOCK_SIZE=(size, size),
+        mask_mod=_causal,
+        seq_lengths=(grid.query_length, grid.key_length),
+    )
+    grouped = inputs.q.shape[1] > inputs.k.shape[1]
+
+    def work() -> Tensor:
+        return _compiled_flex()(inputs.q, inputs.k, inputs.v, block_mask=blocks, scale=inputs.scale, enable_gqa=grouped)
+
+    return work if works_here("flex_attention", work) else None
+
+
+def _causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return row >= column
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """One for all calls: it is compiled for the first length, and then once more for any."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _stages(
+    inputs: Inputs, config: RRConfig, scores: Tensor, selection: BlockSelection, backend: str
+) -> dict[str, Work]:
+    q, k, v, scale, length = inputs.q, inputs.k, inputs.v, inputs.scale, inputs.q.shape[2]
+    return {
+        "total": lambda: rr_attention(q, k, v, config=config, scale=scale, backend=backend),
+        "select": lambda: select(scores, length, length, config=config, backend=backend),
+        "attend": lambda: attend(q, k, v, selection, scale=scale, backend=backend),
+    }
+
+
+def _described(config: RRConfig, selection: BlockSelection) -> dict[str, Any]:
+    return {
+        "way": f"RRAttention {config.scope}",
+        "tau": config.tau,
+        "density": float(selection.density()),
+        "chosen": float(selection.density(mandatory=False)),
+        "pairs": kept_pairs(selection),
+    }
+
+
+def _columns(times: Times) -> dict[str, Any]:
+    return {"ms": times.median, "low": times.low, "high": times.high, "runs": times.runs, "peak MB": times.peak_mb}
+
+
+def _inputs(arguments: argparse.Namespace, dtype: torch.dtype) -> Iterator[Inputs]:
+    """The inputs of each length: a captured layer's first tokens, or generated."""
+    if arguments.model:
+        task = load_task(arguments, dtype, tokens=max(arguments.lengths))
+        layer = task.layers // 2 if arguments.layer is None else arguments.layer
+        (whole,) = capture(task, [layer])[:1]
+        for length in sorted(arguments.lengths):
+            if length <= whole.q.shape[2]:
+                yield whole.first(length)
+            else:
+                print(f"{whole.name} has {whole.q.shape[2]} tokens: no {length}")
+    else:
+        for length in sorted(arguments.lengths):
+            shape = (arguments.heads, arguments.kv_heads, arguments.head_dim, length)
+            yield generate(*shape, dtype=dtype, device=arguments.device, seed=arguments.seed)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_model_arguments(parser)
+    parser.add_argument("--layer", type=int, help="which layer of --model (default: the one in the middle)")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="default: as far as the device goes")
+    parser.add_argument("--heads", type=int, help="of the generator (default: 28 on a GPU, 8 on a CPU)")
+    parser.add_argument("--kv-heads", type=int, help="default: 4 on a GPU, 2 on a CPU")
+    parser.add_argument("--head-dim", type=int, help="default: 128 on a GPU, 64 on a CPU")
+    parser.add_argument("--seed", type=int, default=0, help="of the generator")
+    parser.add_argument("--tau", type=float, nargs="+", default=[0.95, 0.9])
+    parser.add_argument("--scope", nargs="+", choices=("row", "heads"), default=["row", "heads"])
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="whose stages are timed")
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        choices=("flash_attn", "flex"),
+        help="what to compare with beside SDPA (default: both on a GPU; on a CPU flex takes long to compile)",
+    )
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timed runs for each piece of work")
+    parser.add_argument("--ceilings", action="store_true", help="also the bandwidth of a copy and the rate of a matmul")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
+    arguments = parser.parse_args()
+    arguments.device = arguments.device or default_device()
+    on_gpu = arguments.device.type == "cuda"
+    heads, kv_heads, head_dim, dtype, lengths = DEFAULTS["cuda" if on_gpu else "cpu"]
+    arguments.heads, arguments.kv_heads = arguments.heads or heads, arguments.kv_heads or kv_heads
+    arguments.head_dim, arguments.dtype = arguments.head_dim or head_dim, arguments.dtype or dtype
+    arguments.lengths = arguments.lengths or lengths
+    if arguments.against is None:
+        arguments.against = ["flash_attn", "flex"] if on_gpu else []
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

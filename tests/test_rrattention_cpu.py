@@ -1,0 +1,250 @@
+"""The CPU backend against the reference, stage by stage and together, and what it promises besides: linear memory."""
+
+import ast
+import inspect
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rrattention import BlockGrid, BlockSelection, RRConfig, cpu, dense_attention, reference, rr_attention
+
+
+@dataclass(frozen=True)
+class Case:
+    query_length: int
+    key_length: int
+    kv_start: tuple[int, ...] | None = None
+    heads: int = 8
+    kv_heads: int = 2
+    dim: int = 64
+    block: int = 64
+    stride: int = 8
+
+    def __str__(self):
+        start = "" if self.kv_start is None else f"-start{self.kv_start[0]},{self.kv_start[1]}"
+        lengths = f"{self.query_length}of{self.key_length}{start}"
+        return f"{lengths}-H{self.heads}-KV{self.kv_heads}-D{self.dim}-block{self.block}-stride{self.stride}"
+
+    def config(self, **options):
+        return RRConfig(self.block, self.stride, min_tokens=0, **({"tau": 0.8} | options))
+
+    def qkv(self, dtype=torch.float32):
+        """Queries that look for some of the keys, so that the mass is uneven."""
+        generator = torch.Generator().manual_seed(self.query_length * 1000 + self.key_length + self.dim)
+        batch = 1 if self.kv_start is None else len(self.kv_start)
+        shapes = [(self.heads, self.query_length), (self.kv_heads, self.key_length), (self.kv_heads, self.key_length)]
+        q, k, v = (torch.randn(batch, *shape, self.dim, generator=generator, dtype=torch.float64) for shape in shapes)
+        trend = torch.randn(batch, self.kv_heads, -(-self.key_length // 50), self.dim, generator=generator).double()
+        k = (k + 2 * trend.repeat_interleave(50, dim=2)[:, :, : self.key_length]) / 2
+        return (2 * q).to(dtype), k.to(dtype), v.to(dtype)
+
+    def grid(self, config, causal):
+        starts = None if self.kv_start is None else torch.tensor(self.kv_start)
+        like = torch.empty(1 if starts is None else len(starts), 0)
+        return BlockGrid.of(like, self.query_length, self.key_length, config, causal=causal, kv_start=starts)
+
+
+CASES = [
+    Case(1, 1),
+    Case(63, 63, dim=80, block=128),
+    Case(129, 129, heads=7, kv_heads=1, stride=16),
+    Case(512, 512, heads=4, kv_heads=4, dim=128, block=128),
+    Case(1000, 1000, stride=4),
+    Case(1000, 1000, heads=14, kv_heads=2, dim=80, block=128, stride=16),
+    Case(1, 300),
+    Case(300, 620, dim=128),  # 320 = 5 whole blocks before
+    Case(301, 777, heads=7, kv_heads=1),  # 476 is no multiple of the stride
+    Case(400, 400, (0, 131), heads=4, kv_heads=4, stride=4),
+    Case(260, 500, (3, 400), block=128, stride=16),
+    Case(40, 200, (0, 200)),  # the second is nothing but padding
+]
+SMALL = Case(330, 330)
+
+causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+all_cases = pytest.mark.parametrize("case", CASES, ids=str)
+both_scopes = pytest.mark.parametrize("scope", ["row", "heads"])
+
+
+@pytest.fixture(params=[None, 1], ids=["large-steps", "small-steps"])
+def steps(request, monkeypatch):
+    """Run once in the usual steps, of which short inputs need only one, and once in the smallest possible."""
+    if request.param:
+        monkeypatch.setattr(cpu, "SCORES_PER_THREAD", request.param)
+
+
+def close(actual, expected, dtype=torch.float32):
+    rtol, atol = {torch.float64: (1e-10, 1e-12), torch.float32: (2e-5, 5e-6)}[dtype]
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def same_blocks(actual, expected):
+    assert torch.equal(actual.counts, expected.counts)
+    assert torch.equal(actual.mask(), expected.mask())
+    listed = torch.arange(actual.indices.shape[-1]) < actual.counts[..., None]
+    assert torch.equal(actual.indices[listed], expected.indices[listed])
+    assert actual.indices.dtype == actual.counts.dtype == torch.int32
+
+
+@all_cases
+@causal_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scores_equal_the_reference(case, causal, dtype, steps):
+    q, k, _ = case.qkv(dtype)
+    grid = case.grid(case.config(), causal)
+    options = {"stride": case.stride, "scale": case.dim**-0.5}
+    expected = reference.estimate(q, k, grid, **options)
+    close(cpu.estimate(q, k, grid, **options), expected, dtype)
+    assert cpu.estimate(q, k, grid, **options).dtype == dtype
+
+
+@all_cases
+@causal_or_not
+@both_scopes
+@pytest.mark.parametrize("tau", [0.3, 0.9, 1.0])
+def test_the_same_scores_select_the_same_blocks(case, causal, scope, tau):
+    q, k, _ = case.qkv()
+    for sink, last in [(True, True), (False, False)]:
+        config = case.config(tau=tau, scope=scope, sink=sink, dense_last_block=last)
+        grid = case.grid(config, causal)
+        scores = reference.estimate(q, k, grid, stride=case.stride, scale=case.dim**-0.5)
+        same_blocks(cpu.select(scores, grid, config), reference.select(scores, grid, config))
+
+
+@both_scopes
+def test_of_equally_heavy_blocks_the_same_ones_are_kept(scope):
+    config = SMALL.config(tau=0.5, scope=scope)
+    grid = SMALL.grid(config, True)
+    scores = torch.ones(1, 3, grid.query_blocks, grid.key_blocks).tril()
+    same_blocks(cpu.select(scores, grid, config), reference.select(scores, grid, config))
+
+
+@all_cases
+@causal_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_attending_to_any_blocks_equals_the_reference(case, causal, dtype, steps):
+    q, k, v = case.qkv(dtype)
+    grid = case.grid(case.config(), causal)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(len(q), case.heads, grid.query_blocks, grid.key_blocks, generator=generator) < 0.5
+    kept = (kept | grid.mandatory()[:, None]) & grid.visible()[:, None]
+    kept[:, 0, -1] = False  # an empty list: zeros
+    selection = BlockSelection.from_mask(kept, grid)
+    unlisted = torch.arange(grid.key_blocks) >= selection.counts[..., None]
+    selection.indices[unlisted] = -7  # these mean nothing
+    out = cpu.attend(q, k, v, selection, scale=0.05)
+    selection.indices[unlisted] = 0
+    close(out, reference.attend(q, k, v, selection, scale=0.05), dtype)
+
+
+@both_scopes
+@all_cases
+@causal_or_not
+def test_the_stages_together_equal_the_reference(case, causal, scope):
+    q, k, v = case.qkv()
+    config = case.config(scope=scope)
+    options = {"config": config, "causal": causal, "return_stats": True}
+    options["kv_start"] = None if case.kv_start is None else torch.tensor(case.kv_start)
+    out, stats = rr_attention(q, k, v, backend="cpu", **options)
+    expected, expected_stats = rr_attention(q, k, v, backend="reference", **options)
+    close(out, expected)
+    assert stats.kept == expected_stats.kept
+    if case.query_length == 1000:
+        assert stats.density() < 0.9, "nearly everything was kept: then this says little"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_near_to_float64_as_the_reference_is(dtype):
+    q, k, v = SMALL.qkv(dtype)
+    config = SMALL.config()
+    grid = SMALL.grid(config, True)
+    selection = reference.select(reference.estimate(q, k, grid, stride=8, scale=0.125), grid, config)
+    same_blocks(cpu.select(cpu.estimate(q, k, grid, stride=8, scale=0.125), grid, config), selection)
+    exact = reference.attend(q.double(), k.double(), v.double(), selection, scale=0.125)
+    errors = [
+        (backend.attend(q, k, v, selection, scale=0.125).double() - exact).abs().max() for backend in (cpu, reference)
+    ]
+    assert cpu.attend(q, k, v, selection, scale=0.125).dtype == dtype
+    assert errors[0] <= errors[1] * 1.01
+
+
+@pytest.mark.parametrize("case", [SMALL, Case(260, 500, (3, 400))], ids=str)
+def test_tensors_laid_out_as_transformers_does_give_the_same_result(case):
+    q, k, v = case.qkv()
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]  # [B, L, H, D] in memory
+    assert not views[0].is_contiguous()
+    options = {"config": case.config(), "kv_start": case.kv_start and torch.tensor(case.kv_start), "backend": "cpu"}
+    assert torch.equal(rr_attention(*views, **options), rr_attention(q, k, v, **options))
+
+
+@both_scopes
+@pytest.mark.parametrize("borders", [(0, 256, 512, 1000), (0, 64, 960, 1000)], ids=str)
+def test_chunked_prefill_equals_one_call(scope, borders):
+    case = Case(1000, 1000)
+    q, k, v = case.qkv()
+    config = case.config(scope=scope)
+    out, stats = rr_attention(q, k, v, config=config, backend="cpu", return_stats=True)
+    kept = 0
+    for start, stop in itertools.pairwise(borders):
+        part = case.config(scope=scope).for_chunk(total_tokens=1000, last=stop == 1000)
+        chunk = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
+        result, chunk_stats = rr_attention(*chunk, config=part, backend="cpu", return_stats=True)
+        close(result, out[:, :, start:stop])
+        kept += chunk_stats.kept
+    assert kept == stats.kept
+
+
+@pytest.mark.parametrize("length", [1, 63, 129, 1000], ids=lambda length: f"T{length}")
+def test_tau_one_equals_dense(length):
+    case = Case(length, length, block=128)
+    q, k, v = case.qkv()
+    out = rr_attention(q, k, v, config=case.config(tau=1.0), backend="cpu")
+    close(out, dense_attention(q, k, v, scale=case.dim**-0.5))
+
+
+@pytest.mark.parametrize("row", [0, 1, 2], ids=["far-below-zero", "far-above-zero", "one-far-above"])
+def test_scores_of_any_size_give_what_the_reference_gives(row, steps):
+    q, k, v = SMALL.qkv(torch.float64)
+    k += 5
+    q[:, :, row::3] += [-50, 50, 0][row]  # scores of -2000 or 2000
+    k[:, :, 200] *= [1, 1, 300][row]  # in the middle of a list
+    options = {"config": SMALL.config(tau=0.99)}
+    out = rr_attention(q, k, v, backend="cpu", **options)
+    close(out, rr_attention(q, k, v, backend="reference", **options), torch.float64)
+
+
+def test_inputs_that_track_gradients_are_taken():
+    q, k, v = (x.requires_grad_() for x in SMALL.qkv())
+    out = rr_attention(q, k, v, config=SMALL.config(), backend="cpu")
+    assert not out.requires_grad and out.isfinite().all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_memory_grows_linearly_with_the_length(monkeypatch):
+    monkeypatch.setattr(cpu, "SCORES_PER_THREAD", 1)
+    largest = []
+    for length in (1024, 2048, 4096):
+        q, k, v = Case(length, length, heads=2, kv_heads=1, dim=16).qkv()
+        with LargestTensor() as mode:
+            rr_attention(q, k, v, config=RRConfig(64, 8, min_tokens=0), backend="cpu")
+        largest.append(mode.elements)
+    assert largest[1] <= 2 * largest[0] and largest[2] <= 2 * largest[1]
+
+
+def test_the_backend_does_not_import_the_reference():
+    tree = ast.parse(inspect.getsource(cpu))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules and "rrattention.reference" not in modules
