@@ -15,31 +15,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rrattention import RRConfig
-    from rrvideo.errors import BudgetError, ModelError, RRVideoError, VideoError
+    from rrvideo.errors import BudgetError, Cancelled, ModelError, RRVideoError, VideoError
     from rrvideo.evidence import Evidence
     from rrvideo.pipeline import Answer, AnswerStream, Chat, Timings, Usage, Video, VideoQA
+    from rrvideo.scan import Finding, Scan, Window
+    from rrvideo.stages import Cancel
 
 __all__ = [
     "Answer",
     "AnswerStream",
     "BudgetError",
+    "Cancel",
+    "Cancelled",
     "Chat",
     "Evidence",
+    "Finding",
     "ModelError",
     "RRConfig",
     "RRVideoError",
+    "Scan",
     "Timings",
     "Usage",
     "Video",
     "VideoError",
     "VideoQA",
+    "Window",
 ]
 
 _ROOMS = {
     "rrattention": ("RRConfig",),
-    "rrvideo.errors": ("BudgetError", "ModelError", "RRVideoError", "VideoError"),
+    "rrvideo.errors": ("BudgetError", "Cancelled", "ModelError", "RRVideoError", "VideoError"),
     "rrvideo.evidence": ("Evidence",),
     "rrvideo.pipeline": ("Answer", "AnswerStream", "Chat", "Timings", "Usage", "Video", "VideoQA"),
+    "rrvideo.scan": ("Finding", "Scan", "Window"),
+    "rrvideo.stages": ("Cancel",),
 }
 
 

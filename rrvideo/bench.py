@@ -63,7 +63,7 @@ def main() -> None:
     if arguments.command in ("prefill", "quality"):
         script = KERNELS / f"{arguments.command}.py"
         if not script.exists():
-            sys.exit(f"{script.name} comes with the repository, not with the installed package: run this from a checkout")
+            sys.exit(f"{script.name} comes with the repository and not with the package: run this from a checkout")
         sys.exit(subprocess.run([sys.executable, script, *rest], check=False).returncode)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -1,6 +1,6 @@
 """The `rrvideo` command: it reads arguments and prints, and leaves the rest to the other rooms.
 
-stdout carries the answer, or one JSON document; stderr carries progress. Exit codes: 0 done; 1 a known failure, told in
+stdout carries the answer, or JSON; stderr carries progress. Exit codes: 0 done; 1 a known failure, told in
 one line with a hint; 2 wrong usage; 130 interrupted. RRVIDEO_DEBUG=1 adds the traceback to a known failure.
 """
 
@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
-from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
-from rrvideo.clock import format_time, parse_clip
-from rrvideo.errors import RRVideoError
+from rrvideo import options
+from rrvideo.clock import format_time
+from rrvideo.errors import BudgetError, RRVideoError, VideoError
+from rrvideo.terminal import Status, hush_transformers
 
 if TYPE_CHECKING:
-    from rrvideo.pipeline import Answer, Video
+    from rrvideo.budget import Budget
+    from rrvideo.pipeline import Answer, Video, VideoQA
+    from rrvideo.video import SamplePlan, VideoInfo
 
 __all__ = ["main"]
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RRVideoError as error:
         if os.environ.get("RRVIDEO_DEBUG") == "1":
             traceback.print_exc()
-        print(f"rrvideo: {error.message}", *([f"  {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
+        _tell(error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -78,17 +80,15 @@ def _parser(others: Sequence[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_ask(commands)
-    info = commands.add_parser("info", help="say what is in a video file", description="Say what is in a video file.")
-    info.add_argument("video", metavar="VIDEO", help="a file, or the word 'sample'")
-    info.set_defaults(run=_info)
+    _add_scan(commands)
+    _add_info(commands)
     doctor = commands.add_parser(
         "doctor",
         help="say what this machine can run, and what is missing",
         description="Say what this machine can run, and what to do about what is missing.",
     )
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
     doctor.set_defaults(run=_doctor)
-    for command in (info, doctor):
-        command.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
@@ -100,41 +100,68 @@ def _add_ask(commands: Any) -> None:
         epilog="Try: rrvideo ask sample 'What appears first?'",
     )
     ask.add_argument("video", metavar="VIDEO", help="a file, or the word 'sample' for the one that comes with rrvideo")
-    ask.add_argument("questions", metavar="QUESTION", nargs="+", type=_question)
-    ask.add_argument(
-        "--model",
-        metavar="M",
-        help="a folder in Hugging Face format, or a hub id such as Qwen/Qwen2-VL-7B-Instruct "
-        "(default: $RRVIDEO_MODEL, else the small embedded model)",
-    )
-    ask.add_argument("--clip", metavar="START-END", type=_clip, default=(None, None), help="such as 1:30-2:45 or 90-")
-    ask.add_argument("--fps", metavar="F", type=_positive, default=1.0, help="frames a second to look at (default: 1)")
-    ask.add_argument(
-        "--max-frames", metavar="N", type=_count, default=768, help="frames to look at, at most (default: 768)"
-    )
-    ask.add_argument(
-        "--sampling",
-        choices=("uniform", "keyframes"),
-        default="uniform",
-        help="evenly spread frames, or the nearest keyframes, which are decoded many times faster (default: uniform)",
-    )
-    ask.add_argument("--reader", choices=("pyav", "decord"), default="pyav", help="what decodes (default: pyav)")
-    ask.add_argument(
-        "--attention", choices=("rr", "full"), default="rr", help="RRAttention, or full attention (default: rr)"
-    )
-    ask.add_argument(
-        "--tau",
-        metavar="SHARE",
-        type=_share,
-        default=0.95,
-        help="the share of the attention that RRAttention keeps, up to 1 (default: 0.95)",
-    )
-    ask.add_argument(
-        "--max-new-tokens", metavar="N", type=_count, default=256, help="how long an answer may get (default: 256)"
-    )
+    ask.add_argument("questions", metavar="QUESTION", nargs="+", type=options.question)
+    _add_watching(ask)
     ask.add_argument("--json", action="store_true", help="print one JSON document")
-    ask.add_argument("--quiet", action="store_true", help="no progress on stderr")
     ask.set_defaults(run=_ask)
+
+
+def _add_scan(commands: Any) -> None:
+    scan = commands.add_parser(
+        "scan",
+        help="ask each minute of long videos the same questions",
+        description="Slide a window over videos, ask each window the same questions, and write a row of answers for "
+        "each. A scan that was stopped goes on where it was when the same command is given again.",
+        epilog="Try: rrvideo scan sample --every 10 --window 10 --ask 'red=yes/no: Is there a red circle?' "
+        "--ask 'first=text: What appears first?'",
+    )
+    scan.add_argument("videos", metavar="VIDEO", nargs="+", help="files, or the word 'sample'")
+    scan.add_argument(
+        "--ask",
+        metavar="NAME=KIND: QUESTION",
+        dest="queries",
+        action=options.AppendQuery,
+        required=True,
+        help="a question, the name of its column, and what its answers are: yes/no and choices such as left|right with "
+        "their probability, number, or text; give it once for each question",
+    )
+    for name, what in (("--every", "from one window to the next"), ("--window", "that a window lasts")):
+        scan.add_argument(name, metavar="S", type=options.positive, default=60.0, help=f"seconds {what} (default: 60)")
+    scan.add_argument(
+        "--out", metavar="FILE", type=options.table, help="a .jsonl or .csv file (default: JSON lines on stdout)"
+    )
+    _add_watching(scan)
+    scan.set_defaults(run=_scan)
+
+
+def _add_info(commands: Any) -> None:
+    info = commands.add_parser(
+        "info",
+        help="say what is in a video file, and what watching it would take",
+        description="Say what is in a video file and, with --plan, what a model would see of it and need for that. "
+        "No weights are loaded.",
+    )
+    info.add_argument("video", metavar="VIDEO", help="a file, or the word 'sample'")
+    info.add_argument("--plan", action="store_true", help="say which frames, how many tokens and how much memory")
+    options.add_model(info)
+    options.add_sampling(info)
+    info.add_argument("--json", action="store_true", help="print one JSON document")
+    info.set_defaults(run=_info)
+
+
+def _add_watching(command: argparse.ArgumentParser) -> None:
+    options.add_model(command)
+    options.add_attention(command)
+    options.add_sampling(command)
+    options.add_reading(command)
+    command.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=options.count,
+        default=256,
+        help="how long an answer may get (default: 256)",
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _ask(arguments: argparse.Namespace) -> int:
@@ -142,17 +169,15 @@ def _ask(arguments: argparse.Namespace) -> int:
 
     path = _path(arguments.video)
     probe(path)  # a file that is no video should not have to wait for the model
-    model = arguments.model or os.environ.get("RRVIDEO_MODEL")
-    if not model:
-        print(EMBEDDED_MODEL, file=sys.stderr)
-    status = _Status(quiet=arguments.quiet)
+    status = Status(quiet=arguments.quiet)
     try:
-        with _watch(arguments, path, model or "tiny", status) as video:
+        qa = _load(arguments, status)
+        with qa.watch(path, **options.watch_options(arguments), progress=status.watching(path.name)) as video:
             status.clear()
             for warning in video.warnings:
                 print(f"rrvideo: {warning}", file=sys.stderr)
             if arguments.json:
-                _print_answers_as_json(arguments, video, model or "tiny", status)
+                _print_answers_as_json(arguments, video, status)
             else:
                 _print_answers(arguments, video, status)
     finally:
@@ -160,28 +185,25 @@ def _ask(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _watch(arguments: argparse.Namespace, path: Path, model: str, status: _Status) -> Video:
-    status.show(f"loading {model}")
+def _load(arguments: argparse.Namespace, status: Status) -> VideoQA:
+    model = _model(arguments)
+    if model is None:
+        print(EMBEDDED_MODEL, file=sys.stderr)
+    status.show(f"loading {model or 'tiny'}")
     from rrattention import RRConfig
     from rrvideo.pipeline import VideoQA
 
-    _hush_transformers(keep_downloads=not arguments.quiet)
-    qa = VideoQA.load(model, attention=arguments.attention, config=RRConfig(tau=arguments.tau))
-    stages = {"frames": f"watching {path.name}", "tokens": "reading what was seen"}
-    start, end = arguments.clip
-    return qa.watch(
-        path,
-        fps=arguments.fps,
-        start=start,
-        end=end,
-        max_frames=arguments.max_frames,
-        sampling=arguments.sampling,
-        reader=arguments.reader,
-        progress=lambda stage, done, total: status.show(stages[stage], f"{done:,} of {total:,} {stage}"),
+    hush_transformers(keep_downloads=not arguments.quiet)
+    return VideoQA.load(
+        model or "tiny",
+        attention=arguments.attention,
+        config=RRConfig(tau=arguments.tau),
+        device=arguments.device,
+        dtype=arguments.dtype,
     )
 
 
-def _print_answers(arguments: argparse.Namespace, video: Video, status: _Status) -> None:
+def _print_answers(arguments: argparse.Namespace, video: Video, status: Status) -> None:
     for number, question in enumerate(arguments.questions):
         if len(arguments.questions) > 1:
             status.clear()
@@ -199,13 +221,14 @@ def _print_answers(arguments: argparse.Namespace, video: Video, status: _Status)
         status.remark(_statistics(answer))
 
 
-def _print_answers_as_json(arguments: argparse.Namespace, video: Video, model: str, status: _Status) -> None:
+def _print_answers_as_json(arguments: argparse.Namespace, video: Video, status: Status) -> None:
     answers = []
     for number, question in enumerate(arguments.questions, start=1):
         status.show("answering", f"{number} of {len(arguments.questions)}")
         answer = video.ask(question, max_new_tokens=arguments.max_new_tokens)
         answers.append({"question": question, **answer.to_dict()})
     status.clear()
+    model = _model(arguments) or "tiny"
     _print_json({"model": model, "attention": arguments.attention, "video": video.to_dict(), "answers": answers})
 
 
@@ -218,22 +241,105 @@ def _statistics(answer: Answer) -> str:
     )
 
 
+def _scan(arguments: argparse.Namespace) -> int:
+    from rrvideo.events import json_line, record
+
+    questions = {query.name: query.text for query in arguments.queries}
+    schema = {query.name: query.kind for query in arguments.queries}
+    status = Status(quiet=arguments.quiet)
+    failed = False
+    try:
+        qa = _load(arguments, status)
+        for path in map(_path, arguments.videos):
+            status.show(f"scanning {path.name}")
+            try:
+                scan = qa.scan(
+                    path,
+                    questions,
+                    every=arguments.every,
+                    window=arguments.window,
+                    schema=schema,
+                    max_new_tokens=arguments.max_new_tokens,
+                    **options.watch_options(arguments),
+                )
+                for window in record(scan, arguments.out) if arguments.out else scan:
+                    if not arguments.out:
+                        status.clear()
+                        print(json_line(window, scan), end="", flush=True)
+                    if window.error:
+                        status.clear()
+                        times = f"{format_time(window.start)}-{format_time(window.end)}"
+                        print(f"rrvideo: {path.name} {times}: {window.error}", file=sys.stderr)
+                    status.show(f"scanning {path.name}", f"{len(scan.windows) - len(scan)} of {len(scan.windows)}")
+            except (VideoError, BudgetError) as error:  # of this video: the others may be better
+                status.clear()
+                _tell(error)
+                failed = True
+    finally:
+        status.clear()
+    return int(failed)
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from rrvideo.video import probe
 
-    info = probe(_path(arguments.video))
+    path = _path(arguments.video)
+    info = probe(path)
+    plan, budget = _plan(arguments, path) if arguments.plan else (None, None)
     if arguments.json:
-        _print_json(info.to_dict())
+        planned = {"plan": {"model": _model(arguments) or "tiny", **budget.to_dict()}} if budget else {}
+        _print_json({**info.to_dict(), **planned})
         return 0
+    _print_info(info)
+    if plan and budget:
+        _print_plan(plan, budget)
+    for warning in plan.warnings if plan else info.warnings:
+        print(f"warning    {warning}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, path: Path) -> tuple[SamplePlan, Budget]:
+    from rrvideo import budget
+    from rrvideo.model import load
+    from rrvideo.pipeline import EMBEDDED
+    from rrvideo.video import plan_samples
+
+    hush_transformers(keep_downloads=True)
+    model = _model(arguments) or "tiny"
+    checkpoint = load(EMBEDDED.get(model, model), device=arguments.device, dtype=arguments.dtype, weights=False)
+    sampling = {name: getattr(arguments, name) for name in ("fps", "max_frames", "sampling")}
+    sampling["start"], sampling["end"] = arguments.clip
+    if arguments.fit:
+        plan = budget.plan(checkpoint, path, timestamps=None, fit=True, **sampling)
+    else:
+        plan = plan_samples(path, limits=checkpoint.limits, **sampling)
+    return plan, budget.estimate(checkpoint, plan)
+
+
+def _print_info(info: VideoInfo) -> None:
     rotated = f", rotated by {info.rotation} degrees" if info.rotation else ""
     print(f"file       {info.path}")
     print(f"format     {info.codec} in {info.container}")
     print(f"size       {info.width} x {info.height}{rotated}")
     print(f"length     {format_time(info.duration)} ({info.duration:.2f} s)")
     print(f"frames     {info.frame_count:,} at {info.fps:.5g} a second, {info.keyframe_count:,} of them keyframes")
-    for warning in info.warnings:
-        print(f"warning    {warning}")
-    return 0
+
+
+def _print_plan(plan: SamplePlan, budget: Budget) -> None:
+    apart = (plan.end - plan.start) / budget.frames
+    cut, needed = budget.wanted_frames - budget.frames, f"{budget.positions:,} of {budget.context:,}"
+    sizes = budget.weight_bytes, budget.kv_bytes, budget.activation_bytes
+    weights, cache, activations = (f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB" for size in sizes)
+    print(f"plan       {budget.frames:,} frames of {budget.width} x {budget.height}, one every {apart:.3g} s")
+    if cut:
+        print(f"cut        {cut:,} of the {budget.wanted_frames:,} frames that {plan.fps:g} a second would be")
+    print(f"tokens     {budget.prompt_tokens:,}, of which {budget.visual_tokens:,} are the video's")
+    print(f"positions  {needed}, where a question and its answer need {budget.room:,}")
+    print(f"memory     weights {weights}, KV cache {cache}, activations at most {activations}")
+    fewer = f"{budget.largest_frames:,} frames would: --fit or --max-frames {budget.largest_frames} takes them"
+    print(
+        f"fits       {'yes' if budget.fits else f'no: {fewer}' if budget.largest_frames else 'no, not even one frame'}"
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -254,84 +360,14 @@ def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
+def _tell(error: RRVideoError) -> None:
+    print(f"rrvideo: {error.message}", *([f"  {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
+
+
+def _model(arguments: argparse.Namespace) -> str | None:
+    return arguments.model or os.environ.get("RRVIDEO_MODEL") or None
+
+
 def _path(name: str) -> Path:
     path = Path(name)
     return SAMPLE if name == "sample" and not path.exists() else path
-
-
-def _hush_transformers(*, keep_downloads: bool) -> None:
-    """Keep its loading bars off the screen, but not those of a download, which takes long."""
-    from rrvideo.compat import mend_torchvision
-
-    mend_torchvision()
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
-    from transformers.utils import logging
-
-    downloads = keep_downloads and not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if downloads:
-        enable_progress_bars()
-
-
-class _Status:
-    """What is going on, on stderr: one line that is written anew on a terminal, one for each stage elsewhere."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._live = sys.stderr.isatty()
-        self._stage = ""
-
-    def show(self, stage: str, detail: str = "") -> None:
-        if self._quiet:
-            return
-        if self._live:
-            line = f"{stage} {detail}"[: get_terminal_size().columns - 1]
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        elif stage != self._stage:
-            print(stage, file=sys.stderr, flush=True)
-        self._stage = stage
-
-    def clear(self) -> None:
-        if self._live and self._stage:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        self._stage = ""
-
-    def remark(self, text: str) -> None:
-        if not self._quiet:
-            print(f"\033[2m{text}\033[0m" if self._live else text, file=sys.stderr, flush=True)
-
-
-def _question(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("a question must not be empty")
-    return text
-
-
-def _clip(text: str) -> tuple[float | None, float | None]:
-    try:
-        return parse_clip(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _positive(text: str) -> float:
-    return _number(text, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def _share(text: str) -> float:
-    return _number(text, lambda value: 0 < value <= 1, "a number above 0, and 1 at most")
-
-
-def _count(text: str) -> int:
-    return int(_number(text, lambda value: value >= 1 and value.is_integer(), "a whole number above 0"))
-
-
-def _number(text: str, valid: Callable[[float], bool], what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not valid(value):
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-    return value

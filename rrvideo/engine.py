@@ -1,41 +1,38 @@
 """Watch a video once and answer from what was seen: one prefill, whose KV cache each answer extends and rolls back.
 
-`plan` chooses frames that the model has room for, `watch` decodes, encodes and prefills them, and `Watched.generate`
-appends a question and decodes its answer.
+`watch` decodes, encodes and prefills frames as they stream in, a chunk at a time and each in its own thread.
+`Watched.generate` appends a question to what was watched and decodes its answer.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
+from rrvideo.budget import CHUNK_TOKENS, ROOM, chunk_frames, extent
 from rrvideo.errors import BudgetError
 from rrvideo.model import Checkpoint
+from rrvideo.stages import Cancel, Stages
 from rrvideo.tokens import Prefix, patchify
-from rrvideo.video import Frame, FrameStream, SamplePlan, plan_samples
+from rrvideo.video import Frame, FrameStream
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
     from rrattention.transformers import Observer
+    from rrvideo.cache import PrefixCache
 
-__all__ = ["ROOM", "Progress", "Watched", "plan", "watch"]
+__all__ = ["Cancel", "Progress", "Watched", "new_cache", "watch"]
 
 Progress = Callable[[str, int, int], None]  # "frames" or "tokens", how many are done, and of how many
 
-ROOM = 512  # positions that a video leaves free for a question and its answer
-# How many frames are held as pixels at a time: few, so that progress is seen, and fewer where they are large.
-CHUNK_FRAMES = 32
-CHUNK_PIXELS = 2**22
+PATIENCE = 60.0  # seconds without a frame, after which a reader is thought to hang
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -49,124 +46,237 @@ class Watched:
     prefix: Prefix
     frames: int
     density: float  # kept blocks over visible ones, in the prefill
-    seconds: dict[str, float]  # of decode, encode and prefill
-    cache: Cache | None
+    seconds: dict[str, float]  # that decode, encode and prefill were at work; they overlap
+    cache: PrefixCache | None
     _busy: threading.Lock = field(default_factory=threading.Lock)
 
-    def generate(self, ids: torch.Tensor, *, max_new_tokens: int, observer: Observer | None = None) -> Generator[int]:
+    def generate(
+        self,
+        ids: torch.Tensor,
+        *,
+        max_new_tokens: int,
+        observer: Observer | None = None,
+        cancel: Cancel | None = None,
+    ) -> Generator[int]:
         """Yield the answer to the question `ids` `[tokens]`, token by token, as greedy decoding finds it.
 
         `observer` is that of `rrattention.transformers.observe`. Raises `BudgetError` if question and answer do not
-        fit, and `RuntimeError` while another answer is unfinished, or if the video is closed.
+        fit, `Cancelled` where `cancel` says so, and `RuntimeError` while another answer is unfinished, or if the video
+        is closed.
         """
         from rrattention.transformers import observe
 
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
-        checkpoint, cache, length = self.checkpoint, self.cache, len(self.prefix)
-        if cache is None:
-            raise RuntimeError("the video is closed")
-        room = checkpoint.context_length - _extent(self.prefix)
-        if len(ids) + max_new_tokens > room:
-            raise BudgetError(
-                f"a question of {len(ids)} tokens and an answer of up to {max_new_tokens} do not fit: {room} are left",
-                "ask for a shorter answer, or watch fewer frames",
-            )
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("another answer about this video is unfinished: read it to its end, or close it")
-        positions = self.prefix.next_positions(len(ids) + max_new_tokens)[:, None]
-        start = 0
-        try:
+        with self._turn(len(ids), max_new_tokens) as turn:
             for _ in range(max_new_tokens):
-                stop = start + len(ids)
+                if cancel:
+                    cancel.check()
                 # Only around the model's own pass: what the caller runs between two tokens is not ours to observe.
                 with observe(observer) if observer else nullcontext():
-                    logits = checkpoint.forward(checkpoint.embed(ids)[None], positions[..., start:stop], cache)
-                token = int(logits[0, -1].argmax())
-                if token in checkpoint.stop_ids:
+                    logits = turn.forward(ids)
+                token = int(logits[-1].argmax())
+                if token in self.checkpoint.stop_ids:
                     return
                 yield token
-                start, ids = stop, torch.tensor([token])
-        finally:
-            for layer in cache.layers:  # each by what it has: a pass that was interrupted has lengthened some of them
-                layer.crop(length - layer.get_seq_length())
-            self._busy.release()
+                ids = torch.tensor([token])
+
+    def score(
+        self, ids: torch.Tensor, continuations: Sequence[Sequence[int]], *, cancel: Cancel | None = None
+    ) -> list[float]:
+        """How likely each of `continuations` is as the beginning of the answer to the question `ids` `[tokens]`.
+
+        Returns natural logarithms of probabilities. Raises what `generate` raises, and `ValueError` if one is empty.
+        """
+        if not all(continuations):
+            raise ValueError("a continuation must not be empty")
+        scores = []
+        with self._turn(len(ids), max(map(len, continuations), default=0)) as turn:
+            first = turn.forward(ids)
+            for tokens in continuations:
+                if cancel:
+                    cancel.check()
+                logits = first
+                if len(tokens) > 1:
+                    logits = torch.cat([first, turn.forward(torch.tensor(tokens[:-1]), last_only=False)])
+                    turn.cache.roll_back(len(self.prefix) + len(ids))
+                chosen = torch.tensor(tokens, device=logits.device)[:, None]
+                scores.append(float(logits.float().log_softmax(-1).gather(1, chosen).sum()))
+        return scores
 
     def close(self) -> None:
         """Free the KV cache."""
         self.cache = None
 
+    @contextmanager
+    def _turn(self, asked: int, answered: int) -> Iterator[_Turn]:
+        """One question of `asked` tokens with an answer of up to `answered`; no trace is left of it."""
+        if (cache := self.cache) is None:
+            raise RuntimeError("the video is closed")
+        room = self.checkpoint.context_length - extent(self.prefix)
+        if asked + answered > room:
+            raise BudgetError(
+                f"a question of {asked} tokens and an answer of up to {answered} do not fit: {room} are left",
+                "ask for a shorter answer, or watch fewer frames",
+            )
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("another answer about this video is unfinished: read it to its end, or close it")
+        try:
+            yield _Turn(self.checkpoint, cache, len(self.prefix), self.prefix.next_positions(asked + answered))
+        finally:
+            cache.roll_back(len(self.prefix))
+            self._busy.release()
 
-def plan(
-    checkpoint: Checkpoint, path: str | os.PathLike[str], *, max_frames: int, timestamps: bool | None, **sampling: Any
-) -> SamplePlan:
-    """Choose frames as `video.plan_samples` does, within what the model takes.
 
-    Raises `BudgetError`, before anything is decoded, if the frames do not fit its context; it says how many do.
-    """
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What a question and its answer are to a model that has seen `seen` tokens: more tokens, at `positions`."""
 
-    def attempt(max_frames: int) -> tuple[SamplePlan, int]:
-        chosen = plan_samples(path, max_frames=max_frames, limits=checkpoint.limits, **sampling)
-        return chosen, _extent(checkpoint.prefix(chosen.times, (chosen.height, chosen.width), timestamps=timestamps))
+    checkpoint: Checkpoint
+    cache: PrefixCache
+    seen: int
+    positions: torch.Tensor  # [3, tokens]
 
-    room = checkpoint.context_length - ROOM
-    chosen, extent = attempt(max_frames)
-    fit, needed = len(chosen.indices), extent
-    while needed > room and fit > 1:  # fewer frames may be larger ones, so each guess has to be tried
-        smaller, needed = attempt(max(1, fit * room // needed))
-        fit = len(smaller.indices)
-    if needed > room:
-        raise BudgetError(f"no frame of this video fits the model's context of {checkpoint.context_length} positions")
-    if fit < len(chosen.indices):
-        raise BudgetError(
-            f"{len(chosen.indices)} frames need {extent} positions, and the model's context has {room} for a video",
-            f"{fit} frames fit: max_frames={fit} in Python, --max-frames {fit} on the command line",
-        )
-    return chosen
+    def forward(self, ids: torch.Tensor, *, last_only: bool = True) -> torch.Tensor:
+        """Append `ids` `[tokens]`; returns the logits of what follows each, or the last, `[tokens, vocabulary]`."""
+        from rrattention.transformers import exact
+
+        start = self.cache.get_seq_length() - self.seen
+        positions = self.positions[:, None, start : start + len(ids)]
+        with exact():  # a question may be longer than a block, but a sparse pass is for the video
+            return self.checkpoint.forward(
+                self.checkpoint.embed(ids)[None], positions, self.cache, last_only=last_only
+            )[0]
+
+
+def new_cache(checkpoint: Checkpoint, tokens: int, cache: Literal["device", "offload"] = "device") -> PrefixCache:
+    """An empty KV cache with room for `tokens` and a question, on the model's devices or in the CPU's memory."""
+    from rrvideo.cache import PrefixCache
+
+    if cache not in {"device", "offload"}:
+        raise ValueError(f"cache must be 'device' or 'offload', got {cache!r}")
+    layers = checkpoint.model.config.get_text_config().num_hidden_layers
+    return PrefixCache(layers, capacity=tokens + ROOM, offload=cache == "offload")
 
 
 def watch(
-    checkpoint: Checkpoint, stream: FrameStream, *, timestamps: bool | None = None, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    stream: FrameStream,
+    *,
+    timestamps: bool | None = None,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+    cache: Literal["device", "offload"] = "device",
 ) -> Watched:
     """Prefill what `stream` shows, with the times of the frames that really come.
 
-    Frames are encoded a few at a time, as they are decoded. Raises `VideoError` if none can be.
+    A reader, an encoder and the caller's thread work ahead of each other by a chunk, so that no more than a few chunks
+    of frames exist at a time. `cache="offload"` keeps keys and values in the CPU's memory.
+    Raises `VideoError` if no frame can be decoded or none comes for a minute, `Cancelled` where `cancel` says so, and
+    what goes wrong in any of the threads.
     """
     from rrattention.transformers import record
 
     report = progress or (lambda stage, done, total: None)
-    stopwatch = _Stopwatch(checkpoint.device)
-    size = (stream.plan.height, stream.plan.width)
+    cancel = cancel or Cancel()
+    plan, stopwatch, step = stream.plan, _Stopwatch(), checkpoint.spec.temporal_patch_size
+    size, count = (plan.height, plan.width), chunk_frames(plan, step)
+    # A reader may take as long as the video plays between two frames: it has to decode what lies there.
+    patience = max(PATIENCE, *(after - before for before, after in pairwise(plan.times)), 0)
+    planned = checkpoint.prefix(plan.times, size, timestamps=timestamps)
+    kept = new_cache(checkpoint, len(planned), cache)
+    prefill = _Prefill(checkpoint, kept, len(planned), cancel, stopwatch, report)
     times: list[float] = []
-    features: list[torch.Tensor] = []
-    for frames in _chunks(stream, checkpoint.spec.temporal_patch_size, stopwatch):
-        with stopwatch("encode"):
-            features.append(_encode(checkpoint, frames))
-        times += [frame.time for frame in frames]
-        report("frames", len(times), len(stream.plan.indices))
-
-    prefix = checkpoint.prefix(times, size, timestamps=timestamps)
-    report("tokens", 0, len(prefix))
-    with stopwatch("prefill"), record() as prefill:
-        embeddings = checkpoint.embed(prefix.input_ids)
-        embeddings[prefix.visual] = torch.cat(features)
-        cache = checkpoint.new_cache()
-        checkpoint.forward(embeddings[None], prefix.positions[:, None], cache)
-    report("tokens", len(prefix), len(prefix))
-    return Watched(checkpoint, prefix, len(times), prefill.density(), stopwatch.seconds, cache)
+    as_planned = True
+    with Stages(cancel) as stages, record() as recorded:
+        frames = stages.ahead(_decoded(stream, stopwatch), room=count, patience=patience)
+        for shown, features in stages.ahead(_encoded(checkpoint, frames, count, stopwatch), room=1):
+            times += shown
+            report("frames", len(times), len(plan.indices))
+            as_planned = as_planned and tuple(times) == plan.times[: len(times)] and len(times) % step == 0
+            prefix = planned if as_planned else checkpoint.prefix(times, size, timestamps=timestamps)
+            prefill.extend(prefix, features)
+        prefix = planned if tuple(times) == plan.times else checkpoint.prefix(times, size, timestamps=timestamps)
+        prefill.finish(prefix)
+    return Watched(checkpoint, prefix, len(times), recorded.density(), stopwatch.seconds, kept)
 
 
-def _chunks(stream: FrameStream, step: int, stopwatch: _Stopwatch) -> Iterator[list[Frame]]:
-    """The frames a few at a time: whole temporal steps, except where the video ends within one."""
-    plan = stream.plan
-    count = min(CHUNK_FRAMES, CHUNK_PIXELS // (plan.height * plan.width)) // step * step or step
+class _Prefill:
+    """The language model's pass over the prefix, in chunks that select the blocks that one pass over it all would.
+
+    So their borders fall on multiples of the block size; the planned number of tokens decides whether attention is
+    sparse, also where frames turn out to be missing; and at least a block is held back until it is known to be the end.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        cache: PrefixCache,
+        planned: int,
+        cancel: Cancel,
+        stopwatch: _Stopwatch,
+        report: Progress,
+    ) -> None:
+        from rrattention.transformers import settings
+
+        self.checkpoint, self.cache, self.planned = checkpoint, cache, planned
+        self.cancel, self.stopwatch, self.report = cancel, stopwatch, report
+        self.block = settings(checkpoint.model)[0].block_size
+        self.chunk = max(CHUNK_TOKENS // self.block, 1) * self.block
+        self.features: list[torch.Tensor] = []  # of the visual tokens that are not prefilled yet
+        self.encoded = 0  # visual tokens
+
+    def extend(self, prefix: Prefix, features: torch.Tensor) -> None:
+        """Take the `features` of the next steps of `prefix`; prefill the chunks that are full.
+
+        Only what stands before the end of these steps has to be right: more of the prefix may become another.
+        """
+        self.features.append(features)
+        self.encoded += len(features)
+        settled = int(prefix.visual.nonzero()[self.encoded - 1]) + 1
+        while settled - self.cache.get_seq_length() >= self.chunk + self.block:
+            self._run(prefix, self.chunk, last=False)
+
+    def finish(self, prefix: Prefix) -> None:
+        """Prefill the rest."""
+        self._run(prefix, len(prefix) - self.cache.get_seq_length(), last=True)
+
+    def _run(self, prefix: Prefix, count: int, *, last: bool) -> None:
+        from rrattention.transformers import chunk
+
+        self.cancel.check()
+        start = self.cache.get_seq_length()
+        part = slice(start, start + count)
+        visual = prefix.visual[part]
+        taken, rest = torch.cat(self.features).tensor_split([int(visual.sum())])
+        self.features = [rest]
+        with (
+            self.stopwatch("prefill", self.checkpoint.device),
+            chunk(total_tokens=self.planned, last=last),
+        ):
+            embeddings = self.checkpoint.embed(prefix.input_ids[part], visual, taken)
+            self.checkpoint.forward(embeddings[None], prefix.positions[:, None, part], self.cache)
+        self.report("tokens", part.stop, len(prefix) if last else self.planned)
+
+
+def _decoded(stream: FrameStream, stopwatch: _Stopwatch) -> Generator[Frame]:
     frames = iter(stream)
     while True:
         with stopwatch("decode"):
-            chunk = list(islice(frames, count))
-        if not chunk:
+            frame = next(frames, None)
+        if frame is None:
             return
-        yield chunk
+        yield frame
+
+
+def _encoded(
+    checkpoint: Checkpoint, frames: Iterator[Frame], count: int, stopwatch: _Stopwatch
+) -> Generator[tuple[list[float], torch.Tensor]]:
+    """Times and features of `count` frames at a time: whole temporal steps, except where the video ends within one."""
+    while chunk := list(islice(frames, count)):
+        with stopwatch("encode", checkpoint.device):
+            features = _encode(checkpoint, chunk)
+        yield [frame.time for frame in chunk], features
 
 
 def _encode(checkpoint: Checkpoint, frames: list[Frame]) -> torch.Tensor:
@@ -179,26 +289,22 @@ def _encode(checkpoint: Checkpoint, frames: list[Frame]) -> torch.Tensor:
     return checkpoint.encode(patchify(torch.from_numpy(pixels).to(checkpoint.device), checkpoint.spec), grid)
 
 
-def _extent(prefix: Prefix) -> int:
-    """How many positions a prefix takes: what a context is long in.
-
-    They are fewer than its tokens, because those of one frame share some: so Qwen2-VL takes more tokens of video than
-    its `max_position_embeddings` (Qwen2-VL, sections 2.1 and 3.3).
-    """
-    return int(prefix.positions.max()) + 1
-
-
 class _Stopwatch:
-    """Adds up the seconds of each stage, with what the device does for it."""
+    """Adds up the seconds that each stage is at work, with what the device does for it.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Stages share an accelerator, so there they take turns: to wait for it is not to be at work.
+    """
+
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._accelerator = threading.Lock()
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+    def __call__(self, stage: str, device: torch.device | None = None) -> Iterator[None]:
+        shared = device is not None and device.type != "cpu"
+        with self._accelerator if shared else nullcontext():
+            start = time.perf_counter()
+            yield
+            if shared:
+                torch.accelerator.synchronize(device)
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,6 +1,6 @@
 """What can go wrong in ways that a user can mend."""
 
-__all__ = ["BudgetError", "ModelError", "RRVideoError", "VideoError"]
+__all__ = ["BudgetError", "Cancelled", "ModelError", "RRVideoError", "VideoError"]
 
 
 class RRVideoError(Exception):
@@ -25,3 +25,7 @@ class ModelError(RRVideoError):
 
 class BudgetError(RRVideoError):
     """The frames asked for do not fit the model's context."""
+
+
+class Cancelled(RRVideoError):  # noqa: N818 (nothing went wrong)
+    """A watch or an answer was stopped because somebody asked for it."""

@@ -1,7 +1,7 @@
 """Load a checkpoint: a model, its tokenizer, and what its processor's configuration says about frames.
 
-Checkpoints have the Hugging Face layout and are named by folder or hub id. `FAMILIES` lists what differs between the
-families of models that are supported.
+Checkpoints have the Hugging Face layout and are named by folder or hub id. `families.FAMILIES` lists which models are
+supported, and what differs between them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.nn import functional as F
 
 from rrvideo.compat import mend_torchvision
 from rrvideo.errors import ModelError
+from rrvideo.families import FAMILIES, Family
 from rrvideo.tokens import VIDEO_PAD, PatchSpec, Prefix, build_prefix, build_question
 from rrvideo.video import PixelLimits
 from rrvideo.vision import use_segment_attention
@@ -32,24 +34,6 @@ __all__ = ["FAMILIES", "Checkpoint", "Family", "load"]
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """What differs between families: the transformers class, and how the model learns when a frame is shown."""
-
-    model_type: str
-    class_name: str
-    tells_time: bool  # its temporal positions are seconds: other families read the time in the prompt
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("qwen2_vl", "Qwen2VLForConditionalGeneration", tells_time=False),
-        Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", tells_time=True),
-    )
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A loaded model with all that is needed to turn frames and text into its inputs."""
 
@@ -59,6 +43,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     spec: PatchSpec
     limits: PixelLimits
+    folder: Path  # where its files are, also those of a hub id
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +60,16 @@ class Checkpoint:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     @property
+    def feature_width(self) -> int:
+        """Numbers that `encode` gives for a visual token: its embedding, and what is added to it in the first layers.
+
+        The latter are Qwen3-VL's deepstack features (Qwen3-VL, section 2.2); the other families have none.
+        """
+        config = self.model.config
+        levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+        return int(config.get_text_config().hidden_size) * (1 + levels)
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an answer."""
         configured = self.model.generation_config.eos_token_id
@@ -83,13 +78,16 @@ class Checkpoint:
 
     def prefix(self, times: Sequence[float], size: tuple[int, int], *, timestamps: bool | None = None) -> Prefix:
         """`tokens.build_prefix` for this checkpoint; `timestamps` defaults to what the family needs to tell time."""
+        family = self.family
         return build_prefix(
             self.tokenizer,
             self.spec,
             times,
             size,
-            timestamps=not self.family.tells_time if timestamps is None else timestamps,
-            tokens_per_second=self.model.config.vision_config.tokens_per_second if self.family.tells_time else None,
+            timestamps=not family.tells_time if timestamps is None else timestamps,
+            label=family.label,
+            part_steps=family.parts_steps,
+            tokens_per_second=self.model.config.vision_config.tokens_per_second if family.tells_time else None,
         )
 
     def question(self, prefix: Prefix, turns: Sequence[str]) -> torch.Tensor:
@@ -98,18 +96,29 @@ class Checkpoint:
 
     @torch.no_grad()
     def encode(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Vision features `[visual tokens, hidden]` of the patches of `patchify`; any number of whole steps at a time.
+        """Vision features `[visual tokens, feature_width]` of patches; any number of whole steps at a time.
 
-        `grid_thw` is `[segments, 3]` and describes these patches. A step's features do not depend on the others.
+        `patches` are those of `patchify`, and `grid_thw` `[segments, 3]` describes them. A step's features do not
+        depend on the others.
         """
         tower = self.model.model.visual
         output = tower(patches.to(tower.device, tower.dtype), grid_thw=grid_thw.to(tower.device), return_dict=True)
-        return output.pooler_output.to(self.device)
+        deepstack = getattr(output, "deepstack_features", [])
+        return torch.cat([output.pooler_output, *deepstack], dim=-1).to(self.device)
 
     @torch.no_grad()
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings `[..., hidden]`; those of visual tokens are to be replaced by their features."""
-        return self.model.get_input_embeddings()(input_ids.to(self.device))
+    def embed(
+        self, input_ids: torch.Tensor, visual: torch.Tensor | None = None, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `forward` takes for the tokens `input_ids`: `[..., hidden]` of text.
+
+        With the features of those tokens that are `visual` (`[tokens]` bool), it is `[tokens, feature_width]`.
+        """
+        embeddings = self.model.get_input_embeddings()(input_ids.to(self.device))
+        if visual is not None and features is not None:
+            embeddings = F.pad(embeddings, (0, features.shape[-1] - embeddings.shape[-1]))  # nothing is added to text
+            embeddings[visual] = features
+        return embeddings
 
     def new_cache(self) -> Cache:
         """An empty KV cache for `forward`."""
@@ -121,17 +130,23 @@ class Checkpoint:
     def forward(
         self, embeddings: torch.Tensor, positions: torch.Tensor, cache: Cache | None, *, last_only: bool = True
     ) -> torch.Tensor:
-        """Run the language model on `[batch, tokens, hidden]` at M-RoPE positions `[3, batch, tokens]`.
+        """Run the language model on what `embed` gives, in a batch, at M-RoPE positions `[3, batch, tokens]`.
 
         Keys and values are appended to `cache`. Returns logits, `[batch, 1, vocabulary]` of the last token only unless
         `last_only` is false: those of a long prefill would not fit into memory.
         """
+        inputs, *deepstack = embeddings.split(self.model.config.get_text_config().hidden_size, dim=-1)
+        layered: dict[str, Any] = {}
+        if deepstack:  # every token has its row of it, if only of zeros
+            layered["visual_pos_masks"] = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
+            layered["deepstack_visual_embeds"] = [level.flatten(0, 1) for level in deepstack]
         hidden = self.model.model.language_model(
-            inputs_embeds=embeddings,
-            position_ids=positions.to(embeddings.device),
+            inputs_embeds=inputs,
+            position_ids=positions.to(inputs.device),
             past_key_values=cache,
             use_cache=cache is not None,
             return_dict=True,
+            **layered,
         ).last_hidden_state
         return self.model.lm_head(hidden[:, -1:] if last_only else hidden)
 
@@ -144,31 +159,37 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     device_map: str | Mapping[str, Any] | None = None,
+    weights: bool = True,
 ) -> Checkpoint:
     """Load a checkpoint from a folder, or from the model hub (its local cache, when the hub cannot be reached).
 
     `device="auto"` takes a GPU where there is one, `dtype="auto"` the checkpoint's own type, or float32 on a CPU,
     where the others are slow. `device_map` spreads the model over devices as accelerate does, instead of `device`.
+    Without `weights`, which then need not be there, the checkpoint says all of itself but cannot run.
     Raises `ModelError` if the checkpoint is not there, not supported, or not whole.
     """
     mend_torchvision()
     from rrattention.transformers import enable
 
     name = str(name_or_path)
-    folder = _find(name)
+    folder = _find(name, weights)
     family = _family(folder, name)
-    spec, limits = _frame_format(folder, name)
+    spec, limits = _frame_format(folder, name, family)
     tokenizer = _load_tokenizer(folder, name)
     target = _device(device) if device_map is None else _device("auto")
-    model = _load_model(folder, name, family, _dtype(dtype, target), str(target) if device_map is None else device_map)
+    kind = _dtype(dtype, target)
+    if weights:
+        model = _load_model(folder, name, family, kind, str(target) if device_map is None else device_map)
+    else:
+        model = _outline(folder, name, family, kind)
     if tokenizer.convert_tokens_to_ids(VIDEO_PAD) != model.config.video_token_id:
         raise ModelError(f"the tokenizer of {name} does not belong to its model: they differ in the id of {VIDEO_PAD}")
     use_segment_attention(model)
     enable(model, config, attention=attention)
-    return Checkpoint(name, family, model, tokenizer, spec, limits)
+    return Checkpoint(name, family, model, tokenizer, spec, limits, folder)
 
 
-def _find(name: str) -> Path:
+def _find(name: str, weights: bool) -> Path:
     """The folder of a checkpoint; one named by hub id is downloaded, or found in the local cache."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -179,8 +200,9 @@ def _find(name: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.txt", "*.jinja", *["*.safetensors"] * weights]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of the network, of rights, of the cache: what it raises differs between versions
         raise ModelError(
             f"{name} is no folder here, and the model hub did not give it ({_one_line(error)})",
@@ -202,11 +224,11 @@ def _family(folder: Path, name: str) -> Family:
     return FAMILIES[model_type]
 
 
-def _frame_format(folder: Path, name: str) -> tuple[PatchSpec, PixelLimits]:
+def _frame_format(folder: Path, name: str, family: Family) -> tuple[PatchSpec, PixelLimits]:
     processor = _processor_config(folder, name)
     with _failures_as_model_error(name, "processor configuration"):
-        spec = PatchSpec.from_config(processor)
-        return spec, _pixel_limits(processor, spec)
+        spec = family.spec.updated(processor)
+        return spec, family.pixel_limits(processor, spec)
 
 
 def _processor_config(folder: Path, name: str) -> dict[str, Any]:
@@ -218,18 +240,6 @@ def _processor_config(folder: Path, name: str) -> dict[str, Any]:
         if (config := _read_json(folder / file, name)) is not None:
             return config
     raise ModelError(f"{name} does not say how its frames are made", "its folder lacks preprocessor_config.json")
-
-
-def _pixel_limits(processor: Mapping[str, Any], spec: PatchSpec) -> PixelLimits:
-    """The published limits of one frame, within the checkpoint's own where both can be met."""
-    usual = PixelLimits(factor=spec.factor, temporal_factor=spec.temporal_patch_size)
-    size = processor.get("size") or {}
-    least = processor.get("min_pixels") or size.get("shortest_edge") or usual.min_pixels
-    most = processor.get("max_pixels") or size.get("longest_edge") or usual.max_pixels
-    low, high = max(usual.min_pixels, least), min(usual.max_pixels, most)
-    if low > high:
-        low, high = least, most
-    return PixelLimits(low, high, usual.total_pixels, usual.factor, usual.temporal_factor)
 
 
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
@@ -265,6 +275,16 @@ def _load_model(
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ModelError(f"{name} {what}: {keys[0]}{more}", "download the checkpoint again")
     return model.eval()
+
+
+def _outline(folder: Path, name: str, family: Family, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model with all its parts and their shapes, but no weights: it takes no memory."""
+    import transformers
+
+    with _failures_as_model_error(name, "configuration"), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model: PreTrainedModel = getattr(transformers, family.class_name)(config)
+        return model.to(dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32).eval()
 
 
 def _device(device: str | torch.device) -> torch.device:

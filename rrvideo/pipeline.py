@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 
-from rrvideo import engine
+from rrvideo import budget, engine, store
 from rrvideo.errors import BudgetError
 from rrvideo.evidence import Evidence, Gaze, intervals
 from rrvideo.model import Checkpoint, load
@@ -21,6 +21,7 @@ from rrvideo.video import SamplePlan, VideoInfo, read_frames
 
 if TYPE_CHECKING:
     from rrattention import RRConfig
+    from rrvideo.scan import Kind, Scan
 
 __all__ = ["EMBEDDED", "MAX_NEW_TOKENS", "Answer", "AnswerStream", "Chat", "Timings", "Usage", "Video", "VideoQA"]
 
@@ -30,7 +31,7 @@ MAX_NEW_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds: the first three were spent once, when the video was watched, and the last on this answer."""
+    """Seconds: the first three ran side by side, once, when the video was watched; the last went into this answer."""
 
     decode: float
     encode: float
@@ -105,12 +106,16 @@ class AnswerStream(Iterator[str]):
 class Video:
     """A video that a model has watched, and answers questions about; `VideoQA.watch` makes it.
 
-    It holds the KV cache of all that was seen. `close` frees it, as does the end of a `with` block.
+    It holds the KV cache of all that was seen. `close` frees it, as does the end of a `with` block. It answers one
+    question at a time; other videos of the same model may be asked meanwhile, in other threads.
     """
 
-    def __init__(self, plan: SamplePlan, warnings: Sequence[str], watched: engine.Watched) -> None:
+    def __init__(
+        self, plan: SamplePlan, warnings: Sequence[str], file: store.FileMark, watched: engine.Watched
+    ) -> None:
         self.plan = plan
         self.warnings = tuple(warnings)  # what was lost, or may surprise
+        self._file = file
         self._watched = watched
 
     @property
@@ -119,25 +124,53 @@ class Video:
         return self.plan.info
 
     @overload
-    def ask(self, question: str, *, max_new_tokens: int = ...) -> Answer: ...
+    def ask(self, question: str, *, max_new_tokens: int = ..., cancel: engine.Cancel | None = ...) -> Answer: ...
     @overload
-    def ask(self, question: list[str], *, max_new_tokens: int = ...) -> list[Answer]: ...
-    def ask(self, question: str | list[str], *, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer | list[Answer]:
+    def ask(
+        self, question: list[str], *, max_new_tokens: int = ..., cancel: engine.Cancel | None = ...
+    ) -> list[Answer]: ...
+    def ask(
+        self,
+        question: str | list[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        cancel: engine.Cancel | None = None,
+    ) -> Answer | list[Answer]:
         """Answer one question, or each of several on its own: no answer depends on what else was asked.
 
-        Decoding is greedy. Raises `BudgetError` if a question is too long for the model's context.
+        Decoding is greedy. `cancel` stops it from another thread. Raises `BudgetError` if a question is too long for
+        the model's context, and `Cancelled`.
         """
         if isinstance(question, str):
-            return self.stream(question, max_new_tokens=max_new_tokens).finish()
-        return [self.stream(each, max_new_tokens=max_new_tokens).finish() for each in question]
+            return self.stream(question, max_new_tokens=max_new_tokens, cancel=cancel).finish()
+        return [self.stream(each, max_new_tokens=max_new_tokens, cancel=cancel).finish() for each in question]
 
-    def stream(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> AnswerStream:
-        """Answer a question piece by piece, as the text is written."""
-        return AnswerStream(self._answer([_checked(question)], max_new_tokens))
+    def stream(
+        self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS, cancel: engine.Cancel | None = None
+    ) -> AnswerStream:
+        """Answer a question piece by piece, as the text is written; see `ask`."""
+        return AnswerStream(self._answer([_checked(question)], max_new_tokens, cancel))
+
+    def score(self, question: str, replies: Sequence[str], *, cancel: engine.Cancel | None = None) -> list[float]:
+        """How likely the answer to a question begins with each of `replies`: natural logarithms of probabilities.
+
+        A special token in a reply, such as the one that ends answers, counts as that token.
+        """
+        watched = self._watched
+        encode = watched.checkpoint.tokenizer.encode
+        ids = watched.checkpoint.question(watched.prefix, [_checked(question)])
+        return watched.score(ids, [encode(reply, add_special_tokens=False) for reply in replies], cancel=cancel)
 
     def chat(self) -> Chat:
         """Begin a conversation, in which questions may refer to earlier ones."""
         return Chat(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was seen to the file `path`, for `VideoQA.open`: its size is that of the KV cache.
+
+        Raises `RRVideoError` if it cannot be written.
+        """
+        store.save(path, store.Saved(self.plan, self.warnings, self._file, self._watched))
 
     def close(self) -> None:
         """Free the memory that the video takes on the model's device; it answers no more questions."""
@@ -165,14 +198,17 @@ class Video:
             "warnings": list(self.warnings),
         }
 
-    def _answer(self, turns: Sequence[str], max_new_tokens: int) -> Generator[str, None, Answer]:
+    def _answer(
+        self, turns: Sequence[str], max_new_tokens: int, cancel: engine.Cancel | None
+    ) -> Generator[str, None, Answer]:
         watched, start = self._watched, time.perf_counter()
         tokenizer = watched.checkpoint.tokenizer
         ids = watched.checkpoint.question(watched.prefix, turns)
         gaze = Gaze(watched.prefix)
         tokens: list[int] = []
         text = written = ""
-        with closing(watched.generate(ids, max_new_tokens=max_new_tokens, observer=gaze)) as generated:
+        generated = watched.generate(ids, max_new_tokens=max_new_tokens, observer=gaze, cancel=cancel)
+        with closing(generated):
             for token in generated:
                 tokens.append(token)
                 text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
@@ -202,23 +238,31 @@ class Chat:
         self.turns: list[str] = []  # the user's and the model's, by turns
         self._video = video
 
-    def ask(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
+    def ask(
+        self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS, cancel: engine.Cancel | None = None
+    ) -> Answer:
         """Answer a question; see `Video.ask`."""
-        return self.stream(question, max_new_tokens=max_new_tokens).finish()
+        return self.stream(question, max_new_tokens=max_new_tokens, cancel=cancel).finish()
 
-    def stream(self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> AnswerStream:
+    def stream(
+        self, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS, cancel: engine.Cancel | None = None
+    ) -> AnswerStream:
         """Answer a question piece by piece. Only an answer that is read to its end becomes part of the history."""
-        return AnswerStream(self._answer(_checked(question), max_new_tokens))
+        return AnswerStream(self._answer(_checked(question), max_new_tokens, cancel))
 
-    def _answer(self, question: str, max_new_tokens: int) -> Generator[str, None, Answer]:
+    def _answer(self, question: str, max_new_tokens: int, cancel: engine.Cancel | None) -> Generator[str, None, Answer]:
         turns = [*self.turns, question]
-        answer = yield from self._video._answer(turns, max_new_tokens)
+        answer = yield from self._video._answer(turns, max_new_tokens, cancel)
         self.turns = [*turns, answer.text]
         return answer
 
 
 class VideoQA:
-    """A model that watches videos. `VideoQA.load` makes it."""
+    """A model that watches videos. `VideoQA.load` makes it.
+
+    Several videos may be open at once, and several threads may watch and ask different ones at the same time. Each
+    watch takes the memory of its own chunks.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -255,15 +299,20 @@ class VideoQA:
         reader: Literal["pyav", "decord"] = "pyav",
         timestamps: bool | None = None,
         progress: engine.Progress | None = None,
+        fit: bool = False,
+        cache: Literal["device", "offload"] = "device",
+        cancel: engine.Cancel | None = None,
     ) -> Video:
         """Watch the video at `path`, or its clip from `start` to `end` seconds.
 
-        `fps`, `max_frames` and `sampling` choose its frames, as `video.plan_samples` does. `timestamps` writes the
-        frames' times into the prompt; left out, that is done for models that cannot tell time otherwise. `progress` is
-        called with "frames" or "tokens", how many are done, and of how many.
-        Raises `VideoError` if nothing of the file can be seen, and `BudgetError` if the frames are too many.
+        `fps`, `max_frames` and `sampling` choose its frames, as `video.plan_samples` does; with `fit` they are thinned
+        to what the model takes. `timestamps` writes the frames' times into the prompt; left out, that is done for
+        models that cannot tell time otherwise. `progress` is called with "frames" or "tokens", how many are done, and
+        of how many. `cache="offload"` keeps the KV cache in the CPU's memory. `cancel` stops from another thread.
+        Raises `VideoError` if nothing of the file can be seen, `BudgetError` if the frames are too many, and
+        `Cancelled`.
         """
-        plan = engine.plan(
+        plan = budget.plan(
             self.checkpoint,
             path,
             fps=fps,
@@ -272,16 +321,47 @@ class VideoQA:
             max_frames=max_frames,
             sampling=sampling,
             timestamps=timestamps,
+            fit=fit,
         )
+        file = store.FileMark.of(path)
         stream = read_frames(plan, reader=reader)
         try:
-            watched = engine.watch(self.checkpoint, stream, timestamps=timestamps, progress=progress)
+            watched = engine.watch(
+                self.checkpoint, stream, timestamps=timestamps, progress=progress, cache=cache, cancel=cancel
+            )
         except torch.OutOfMemoryError as error:
             raise BudgetError(
                 f"{len(plan.indices)} frames do not fit into the memory of {self.checkpoint.device}",
                 "lower the frame rate (fps), or the number of frames (max_frames)",
             ) from error
-        return Video(plan, stream.warnings, watched)
+        return Video(plan, stream.warnings, file, watched)
+
+    def open(self, path: str | os.PathLike[str], *, cache: Literal["device", "offload"] = "device") -> Video:
+        """Bring back a video that `Video.save` wrote to the file `path`: its answers are those of the video saved.
+
+        The video file itself need not be there any more; `warnings` says if it has changed. Raises `VideoError` if the
+        saved file is not whole, and `ModelError` if it was watched by another model, or in another type of weights or
+        attention.
+        """
+        saved = store.read(path, self.checkpoint, cache=cache)
+        return Video(saved.plan, saved.warnings, saved.file, saved.watched)
+
+    def scan(
+        self,
+        path: str | os.PathLike[str],
+        questions: Mapping[str, str] | Sequence[str],
+        *,
+        every: float = 60.0,
+        window: float = 60.0,
+        schema: Mapping[str, Kind] | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        **watch: Any,
+    ) -> Scan:
+        """Ask each window of a long video the same questions, and get typed answers; see `rrvideo.scan.scan`."""
+        from rrvideo.scan import scan
+
+        return scan(self, path, questions, every=every, window=window, schema=schema, start=start, end=end, **watch)
 
 
 def _checked(question: str) -> str:

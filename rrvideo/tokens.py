@@ -1,4 +1,4 @@
-"""What a model of the Qwen2-VL kind reads: frames as pixel patches, a prompt as token ids, and their positions.
+"""What a model of the Qwen-VL kind reads: frames as pixel patches, a prompt as token ids, and their positions.
 
 A prompt has two parts. The *prefix* is everything up to the end of the video; the *question* is what follows. One
 prefix serves many questions, and because a special token stands at the border, tokenising the parts one by one gives
@@ -7,29 +7,35 @@ what tokenising the whole would give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from rrvideo.clock import format_time
 from rrvideo.errors import ModelError
-from rrvideo.video import format_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "VIDEO_PAD",
+    "Label",
     "PatchSpec",
     "Prefix",
     "build_prefix",
     "build_question",
+    "clock_label",
     "mrope_positions",
     "patchify",
+    "seconds_label",
 ]
+
+# What the prompt says before a temporal step, from the times of its frames in seconds.
+Label = Callable[[Sequence[float]], str]
 
 VISION_START, VIDEO_PAD, VISION_END = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
 _VIDEO_PLACEHOLDER = VISION_START + VIDEO_PAD + VISION_END
@@ -46,13 +52,12 @@ class PatchSpec:
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> PatchSpec:
-        """Read a processor's configuration; what it leaves out has Qwen2-VL's values."""
-        known: dict[str, Any] = {name: config[name] for name in cls.__slots__ if config.get(name) is not None}
+    def updated(self, config: Mapping[str, Any]) -> PatchSpec:
+        """The same, except for what a processor's configuration says."""
+        known: dict[str, Any] = {name: config[name] for name in self.__slots__ if config.get(name) is not None}
         for name in {"image_mean", "image_std"} & known.keys():
             known[name] = tuple(known[name])
-        return cls(**known)
+        return replace(self, **known)
 
     @property
     def factor(self) -> int:
@@ -125,6 +130,16 @@ class Prefix:
         return torch.arange(first, first + count).expand(3, -1)
 
 
+def clock_label(times: Sequence[float]) -> str:
+    """The time of a step's first frame as `1:02:03`: our way for models that are not trained with times."""
+    return format_time(times[0])
+
+
+def seconds_label(times: Sequence[float]) -> str:
+    """The time midway between a step's first and last frame as `<0.5 seconds>`: Qwen3-VL's way."""
+    return f"<{(times[0] + times[-1]) / 2:.1f} seconds>"
+
+
 def build_prefix(
     tokenizer: PreTrainedTokenizerBase,
     spec: PatchSpec,
@@ -132,25 +147,32 @@ def build_prefix(
     size: tuple[int, int],
     *,
     timestamps: bool,
+    label: Label = clock_label,
+    part_steps: bool = False,
     tokens_per_second: float | None = None,
 ) -> Prefix:
     """Lay out the prompt up to the end of a video whose frames are shown at `times` (seconds), `size` (height, width).
 
-    With `timestamps`, every temporal step is a video segment of its own after the time of its first frame as text;
-    without, the video is one segment. `tokens_per_second` is for models whose temporal positions tell time.
-    Raises `ModelError` if the chat template has no place for a video.
+    With `timestamps`, every temporal step is a video segment of its own after its `label`; without, the video is one
+    segment, or with `part_steps` one for each step all the same. `tokens_per_second` is for models whose temporal
+    positions tell time. The prefix of a video's first whole steps begins that of the whole video, but for its last
+    token, the end of a segment that goes on where the video is one. Raises `ModelError` if the chat template has no
+    place for a video.
     """
     if not times:
         raise ValueError("a video needs at least one frame")
     steps, rows, columns = spec.grid(len(times), *size)
-    step_times = tuple(times[:: spec.temporal_patch_size])
+    moments = [times[i : i + spec.temporal_patch_size] for i in range(0, len(times), spec.temporal_patch_size)]
+    step_times = tuple(shown[0] for shown in moments)
     step_tokens = rows * columns // spec.merge_size**2
     text, _ = _render(tokenizer, ["?"])
+    # The segments take the place of the template's whole placeholder, its start and end included. In transformers 5,
+    # Qwen3-VL's processor leaves these two around all segments: not so in the release that came with that model.
     start, pad, end = tokenizer.encode(_VIDEO_PLACEHOLDER, add_special_tokens=False)
 
-    segments = [(format_time(time), [index]) for index, time in enumerate(step_times)]
-    if not timestamps:
-        segments = [("", list(range(steps)))]
+    segments = [("", list(range(steps)))]
+    if timestamps or part_steps:
+        segments = [(label(shown) if timestamps else "", [index]) for index, shown in enumerate(moments)]
     labels = [text + segments[0][0], *(label for label, _ in segments[1:])]
     ids: list[int] = []
     step: list[int] = []
@@ -224,6 +246,10 @@ def mrope_positions(
     goes on at the largest position so far plus one (Qwen2-VL, section 2.1). With `times`, one per temporal step in
     seconds, temporal positions are `tokens_per_second` apart for each second since the segment's first step
     (Qwen2.5-VL, section 2.1.2); otherwise one apart for each step.
+
+    The model of transformers takes one number for that, the seconds between any two steps (`second_per_grid_ts`). For
+    steps that are evenly spaced, as in training, this is the same. Of others, such as keyframes, it could only tell the
+    mean; here each keeps the time that it is shown.
     """
     steps, rows, columns = grid_thw[:, 0], grid_thw[:, 1] // merge_size, grid_thw[:, 2] // merge_size
     sizes = steps * rows * columns

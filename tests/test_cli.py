@@ -1,9 +1,11 @@
 """The `rrvideo` command: what it prints where, and how it ends."""
 
+import csv
 import inspect
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,10 @@ import pytest
 from checkpoints import make_checkpoint
 from clips import numbered_frames, write_video
 
-from rrvideo import VideoQA, cli, doctor
+from rrvideo import VideoQA, budget, cli, doctor
+from rrvideo.events import json_line
 from rrvideo.pipeline import MAX_NEW_TOKENS, Answer
+from rrvideo.scan import scan
 from rrvideo.video import probe
 
 QUESTION = "What colour is the circle?"
@@ -30,6 +34,16 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56)))
+
+
+@pytest.fixture(scope="module")
+def narrow(model, tmp_path_factory):
+    """A model with a short context."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("narrow") / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = budget.ROOM + 120
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +80,8 @@ def test_the_answer_goes_to_stdout_and_everything_else_to_stderr(rrvideo, model,
     assert len(moments) == len(answer.evidence) > 0
     assert moments[0].startswith("  0:0")
     assert moments[0].endswith(f"  {100 * answer.evidence[0].weight:.0f} %")
-    assert err.splitlines()[:3] == [f"loading {model}", "watching clip.mp4", "reading what was seen"]
+    assert err.splitlines()[:2] == [f"loading {model}", "watching clip.mp4"]
+    assert err.count("\n") == 3
     assert f"6 frames, {answer.usage.prompt_tokens:,} tokens; decode 0." in err
     assert "density 1.00" in err
 
@@ -107,23 +122,36 @@ def test_options_reach_the_video_and_the_model(rrvideo, model, clip, monkeypatch
     monkeypatch.setattr(VideoQA, "load", lambda *args, **options: loaded.update(options) or load(*args, **options))
     monkeypatch.setattr(VideoQA, "watch", lambda *args, **options: watched.update(options) or watch(*args, **options))
     sampling = ("--clip", "0:01-0:04.5", "--fps", 2, "--max-frames", 4, "--sampling", "keyframes", "--reader", "pyav")
-    code, _, _ = rrvideo("ask", clip, QUESTION, "--model", model, *sampling, "--attention", "full", "--tau", 0.8)
+    memory = ("--fit", "--cache", "offload", "--device", "cpu", "--dtype", "float16")
+    code, _, _ = rrvideo(
+        "ask", clip, QUESTION, "--model", model, *sampling, *memory, "--attention", "full", "--tau", 0.8
+    )
 
     assert code == 0
     assert (loaded["attention"], loaded["config"].tau) == ("full", 0.8)
+    assert (loaded["device"], loaded["dtype"]) == ("cpu", "float16")
     del watched["progress"]
     assert watched == {
-        "start": 1.0, "end": 4.5, "fps": 2.0, "max_frames": 4, "sampling": "keyframes", "reader": "pyav"
+        "start": 1.0, "end": 4.5, "fps": 2.0, "max_frames": 4, "sampling": "keyframes", "reader": "pyav",
+        "fit": True, "cache": "offload",
     }  # fmt: skip
 
 
-def test_defaults_are_those_of_the_python_interface():
-    given = vars(cli._parser([]).parse_args(["ask", "video", "question"]))
-    python = inspect.signature(VideoQA.watch).parameters | inspect.signature(VideoQA.load).parameters
+@pytest.mark.parametrize(
+    "argv", [["ask", "video", "question"], ["scan", "video", "--ask", f"red=yes/no: {QUESTION}"]], ids=["ask", "scan"]
+)
+def test_defaults_are_those_of_the_python_interface(argv):
+    given = vars(cli._parser([]).parse_args(argv))
+    python = {name: each for call in (VideoQA.watch, VideoQA.load, scan) for name, each in parameters(call)}
 
-    for name in ("fps", "max_frames", "sampling", "reader", "attention"):
+    names = ["fps", "max_frames", "sampling", "reader", "fit", "cache", "attention", "device", "dtype"]
+    for name in [*names, "every", "window"] if argv[0] == "scan" else names:
         assert given[name] == python[name].default
-    assert given["max_new_tokens"] == MAX_NEW_TOKENS
+    assert given["max_new_tokens"] == python["max_new_tokens"].default == MAX_NEW_TOKENS
+
+
+def parameters(call):
+    return inspect.signature(call).parameters.items()
 
 
 def test_the_model_is_the_one_named_else_that_of_the_environment_else_the_embedded(rrvideo, model, clip, monkeypatch):
@@ -161,6 +189,123 @@ def test_info_says_what_is_in_a_file(rrvideo, tmp_path):
     assert "0:02 (2.00 s)" in out
     assert "50 at 25 a second" in out
     assert json.loads(rrvideo("info", path, "--json")[1]) == probe(path).to_dict()
+
+
+def plan_of(rrvideo, *argv):
+    """The lines of `info --plan`, by their first word."""
+    code, out, _ = rrvideo("info", *argv, "--plan")
+    assert code == 0
+    return dict(line.split(maxsplit=1) for line in out.splitlines()), json.loads(
+        rrvideo("info", *argv, "--plan", "--json")[1]
+    )
+
+
+def test_a_plan_says_what_a_watch_would_take(rrvideo, model, clip):
+    lines, document = plan_of(rrvideo, clip, "--model", model, "--fps", 4, "--max-frames", 10)
+    answer = expected_answer(model, clip, QUESTION, fps=4.0, max_frames=10)
+    plan = document.pop("plan")
+
+    assert document == probe(clip).to_dict()
+    assert (plan["frames"], plan["wanted_frames"], plan["fits"]) == (answer.usage.frames, 24, True)
+    assert plan["visual_tokens"] == answer.usage.visual_tokens
+    assert lines["plan"] == f"10 frames of {plan['width']} x {plan['height']}, one every 0.6 s"
+    assert lines["cut"] == "14 of the 24 frames that 4 a second would be"
+    assert lines["tokens"] == f"{plan['prompt_tokens']:,}, of which {plan['visual_tokens']:,} are the video's"
+    assert lines["positions"] == f"{plan['positions']:,} of 4,096, where a question and its answer need 512"
+    assert f"KV cache {plan['kv_bytes'] / 1e6:.1f} MB" in lines["memory"]
+    assert lines["fits"] == "yes"
+
+
+def test_a_plan_is_the_model_s_own_and_loads_no_weights(rrvideo, model, clip, tmp_path, monkeypatch):
+    outline = shutil.copytree(model, tmp_path / "outline", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setenv("RRVIDEO_MODEL", str(outline))
+    _, named = plan_of(rrvideo, clip, "--model", model)
+    _, found = plan_of(rrvideo, clip)
+
+    assert found["plan"]["model"] == str(outline)
+    assert {**found["plan"], "model": model} == named["plan"]
+    half = plan_of(rrvideo, clip, "--dtype", "bfloat16")[1]
+    assert 2 * half["plan"]["kv_bytes"] == found["plan"]["kv_bytes"]
+
+
+def test_a_plan_that_does_not_fit_says_what_would_and_fit_takes_it(rrvideo, narrow, clip):
+    lines, document = plan_of(rrvideo, clip, "--model", narrow, "--fps", 24)
+    most = document["plan"]["largest_frames"]
+
+    assert not document["plan"]["fits"]
+    assert lines["fits"] == f"no: {most} frames would: --fit or --max-frames {most} takes them"
+    lines, document = plan_of(rrvideo, clip, "--model", narrow, "--fps", 24, "--fit")
+    assert (document["plan"]["frames"], lines["fits"]) == (most, "yes")
+    assert lines["cut"] == f"{144 - most} of the 144 frames that 24 a second would be"
+
+
+def test_too_many_frames_are_refused_or_with_fit_thinned(rrvideo, narrow, clip):
+    argv = ["ask", clip, QUESTION, "--model", narrow, "--fps", 24, "--max-new-tokens", 3, "--quiet"]
+    code, out, err = rrvideo(*argv)
+    assert (code, out) == (1, "")
+    message, hint = err.splitlines()
+    assert message.startswith("rrvideo: 144 frames need ")
+    assert "--fit" in hint
+
+    code, out, _ = rrvideo(*argv, "--fit", "--json")
+    assert code == 0
+    assert json.loads(out)["answers"][0]["usage"]["frames"] == int(hint.split()[0])
+
+
+SCAN = ["--ask", f"red=yes/no: {QUESTION}", "--ask", f"count=number: {OTHER}", "--every", "2", "--window", "2"]
+
+
+def test_a_scan_goes_to_stdout_as_json_lines(rrvideo, model, clip):
+    code, out, err = rrvideo("scan", clip, "--model", model, *SCAN, "--max-new-tokens", 4, "--fps", 2)
+    questions, schema = {"red": QUESTION, "count": OTHER}, {"red": "yes/no", "count": "number"}
+    windows = scan(
+        VideoQA.load(model), clip, questions, schema=schema, every=2.0, window=2.0, max_new_tokens=4, fps=2.0
+    )
+
+    assert code == 0
+    assert out == "".join(json_line(window, windows) for window in windows)
+    assert err.splitlines() == [f"loading {model}", "scanning clip.mp4"]
+
+
+def test_a_scan_of_several_videos_goes_into_one_file_and_reports_those_that_cannot_be_read(
+    rrvideo, model, clip, tmp_path
+):
+    broken, out_file = tmp_path / "broken.mp4", tmp_path / "events.csv"
+    broken.write_bytes(b"no video at all")
+    argv = ["scan", clip, broken, "sample", "--model", model, *SCAN, "--clip", "2-6", "--max-new-tokens", 4]
+    code, out, err = rrvideo(*argv, "--out", out_file, "--quiet")
+
+    with out_file.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert (code, out) == (1, "")
+    assert [(row["video"], row["start"]) for row in rows] == [
+        (video, start) for video in (clip, str(cli.SAMPLE)) for start in ("2.0", "4.0")
+    ]
+    assert err.startswith("rrvideo: broken.mp4 cannot be read as a video\n")
+    assert err.count("\n") == 2
+
+
+def test_a_window_that_cannot_be_seen_is_told(rrvideo, model, tmp_path):
+    pts = [*range(48), *range(144, 192)]
+    path = write_video(tmp_path / "hole.mp4", numbered_frames(96, width=84, height=56), pts=pts)
+    code, out, err = rrvideo("scan", path, "--model", model, *SCAN, "--max-new-tokens", 4, "--quiet")
+
+    assert code == 0
+    assert [bool(json.loads(line)["error"]) for line in out.splitlines()] == [False, True, True, False]
+    assert err.splitlines() == [
+        f"rrvideo: hole.mp4 {times}: no frame lies in this window" for times in ("0:02-0:04", "0:04-0:06")
+    ]
+
+
+def test_a_file_of_another_scan_is_a_known_failure(rrvideo, model, clip, tmp_path):
+    argv = ["scan", clip, "--model", model, *SCAN, "--out", tmp_path / "events.jsonl", "--quiet"]
+    assert rrvideo(*argv, "--max-new-tokens", 4)[0] == 0
+    code, out, err = rrvideo(*argv, "--max-new-tokens", 5)
+
+    assert (code, out) == (1, "")
+    message, hint = err.splitlines()
+    assert "holds another scan" in message
+    assert "name another file" in hint
 
 
 @pytest.mark.parametrize(
@@ -209,6 +354,11 @@ def test_debugging_shows_the_traceback_of_a_known_failure(rrvideo, monkeypatch):
         (["ask", "clip.mp4", QUESTION, "--max-new-tokens", "many"], "must be a whole number above 0, got 'many'"),
         (["ask", "clip.mp4", QUESTION, "--tau", "1.5"], "above 0, and 1 at most, got '1.5'"),
         (["ask", "clip.mp4", QUESTION, "--attention", "some"], "invalid choice: 'some'"),
+        (["scan", "clip.mp4"], "required: --ask"),
+        (["scan", "clip.mp4", "--ask", "Is it red?"], "argument --ask: a question is NAME=KIND: QUESTION"),
+        (["scan", "clip.mp4", *["--ask", "red=yes/no: Is it?"] * 2], "two answers are named red, red_probability"),
+        (["scan", "clip.mp4", "--ask", "a=text: What?", "--out", "a.txt"], "must end with .jsonl or .csv, got 'a.txt'"),
+        (["scan", "clip.mp4", "--ask", "a=text: What?", "--every", "0"], "argument --every: must be a number above 0"),
     ],
     ids=lambda value: " ".join(value[2:]) or "-" if isinstance(value, list) else "",
 )
@@ -223,8 +373,8 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(rrvideo, argv, told):
 def test_help_is_there_for_every_command(rrvideo):
     code, out, _ = rrvideo("--help")
     assert code == 0
-    assert all(command in out for command in ("ask", "info", "doctor", "bench"))
-    for command in ("ask", "info", "doctor"):
+    assert all(command in out for command in ("ask", "scan", "info", "doctor", "bench"))
+    for command in ("ask", "scan", "info", "doctor"):
         assert rrvideo(command, "--help")[0] == 0
 
 
@@ -271,6 +421,26 @@ def test_on_a_terminal_one_line_is_written_anew(rrvideo, model, clip, monkeypatc
     assert parts[-1].startswith("\033[2m6 frames")  # the line is cleared before the last word is said
     assert parts[-1].endswith("\033[0m\n")
     assert shown.count("\n") == 1
+
+
+def test_frames_and_tokens_that_are_counted_by_turns_are_told_once(rrvideo, model, clip, monkeypatch):
+    watch = VideoQA.watch
+
+    def counting(self, path, *, progress, **options):
+        for done in range(1, 9):
+            progress("frames", done, 8)
+            progress("tokens", 80 * done, 1640)
+        return watch(self, path, **options)
+
+    monkeypatch.setattr(VideoQA, "watch", counting)
+    _, _, err = rrvideo("ask", clip, QUESTION, "--model", model, "--max-new-tokens", 3)
+    assert err.count("watching clip.mp4\n") == 1
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    rrvideo("ask", clip, QUESTION, "--model", model, "--max-new-tokens", 3)
+    assert "\r\033[Kwatching clip.mp4 3 of 8 frames, 240 of 1,640 tokens\r" in terminal.getvalue()
 
 
 def test_damage_is_told_beside_the_answer(rrvideo, model, tmp_path):

@@ -6,20 +6,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint
+from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint, processed
 from clips import numbered_frames, write_video
 from transformers import AutoProcessor
 
 from rrattention import RRConfig
-from rrvideo import engine
+from rrvideo import budget, engine
 from rrvideo.errors import BudgetError, VideoError
 from rrvideo.model import load
-from rrvideo.tokens import VIDEO_PAD, patchify
-from rrvideo.video import Frame, format_time, plan_samples, read_frames
+from rrvideo.tokens import patchify
+from rrvideo.video import Frame, read_frames
 
 QUESTION = "What colour is the circle?"
 OTHERS = ["How many scenes are there?", "Describe the video. " * 8]
-PLACEHOLDER = f"<|vision_start|>{VIDEO_PAD}<|vision_end|>"
 SAMPLING = {"fps": 2.0, "max_frames": 768, "timestamps": True}
 in_each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -47,7 +46,7 @@ def watched(loaded, clip):
 
 def watch(checkpoint, path, **changes):
     options = SAMPLING | changes
-    stream = read_frames(engine.plan(checkpoint, path, **options))
+    stream = read_frames(budget.plan(checkpoint, path, **options))
     return engine.watch(checkpoint, stream, timestamps=options["timestamps"])
 
 
@@ -64,21 +63,9 @@ def test_answers_are_those_of_generate_in_transformers(folders, loaded, clip, fa
     checkpoint = loaded[family]
     found = answer(watch(checkpoint, clip), QUESTION)
 
-    frames = list(read_frames(engine.plan(checkpoint, clip, **SAMPLING)))
-    processor = AutoProcessor.from_pretrained(folders[family])
-    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    times = [frame.time for frame in frames[::2]]
-    text = text.replace(PLACEHOLDER, "".join(format_time(time) + PLACEHOLDER for time in times))
-    pixels = np.stack([frame.image for frame in frames])
-    inputs = processor(
-        text=[text],
-        videos=[pixels[i : i + 2] for i in range(0, len(frames), 2)],
-        do_resize=False,
-        do_sample_frames=False,
-        cap_pixels_per_frame=False,
-        return_tensors="pt",
-    )
+    frames = list(read_frames(budget.plan(checkpoint, clip, **SAMPLING)))
+    pixels, times = np.stack([frame.image for frame in frames]), [frame.time for frame in frames]
+    inputs = processed(AutoProcessor.from_pretrained(folders[family]), pixels, times, QUESTION)
     expected = (
         MODEL_CLASSES[family]
         .from_pretrained(folders[family])
@@ -93,13 +80,15 @@ def test_answers_are_those_of_generate_in_transformers(folders, loaded, clip, fa
 @in_each_family
 def test_features_do_not_depend_on_how_the_prompt_parts_the_video(folders, loaded, family):
     checkpoint = loaded[family]
-    images = np.random.default_rng(0).integers(0, 256, (6, 84, 140, 3), dtype=np.uint8)
+    height, width = 3 * checkpoint.spec.factor, 5 * checkpoint.spec.factor
+    images = np.random.default_rng(0).integers(0, 256, (6, height, width, 3), dtype=np.uint8)
     found = engine._encode(checkpoint, [Frame(i, i / 2, image) for i, image in enumerate(images)])
 
     plain = MODEL_CLASSES[family].from_pretrained(folders[family])
-    rows = torch.tensor([checkpoint.spec.grid(2, 84, 140)] * 3)
+    rows = torch.tensor([checkpoint.spec.grid(2, height, width)] * 3)
     with torch.no_grad():
-        expected = plain.model.visual(patchify(images, checkpoint.spec), grid_thw=rows).pooler_output
+        output = plain.model.visual(patchify(images, checkpoint.spec), grid_thw=rows)
+    expected = torch.cat([output.pooler_output, *getattr(output, "deepstack_features", [])], dim=-1)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -174,17 +163,17 @@ def test_frames_pass_a_few_at_a_time_in_whole_steps(loaded, clip, monkeypatch):
     expected = answer(watch(checkpoint, clip, fps=2.5), QUESTION)
     assert sizes == [14]
 
-    plan = engine.plan(checkpoint, clip, **SAMPLING)
+    plan = budget.plan(checkpoint, clip, **SAMPLING)
     for pixels, parts in ((5 * plan.height * plan.width, [4, 4, 4, 2]), (10, [2] * 7)):
         sizes.clear()
-        monkeypatch.setattr(engine, "CHUNK_PIXELS", pixels)
+        monkeypatch.setattr(budget, "CHUNK_PIXELS", pixels)
         assert answer(watch(checkpoint, clip, fps=2.5), QUESTION) == expected
         assert sizes == parts
 
 
 def test_the_prompt_tells_the_times_of_the_frames_that_really_came(loaded, clip, watched):
     checkpoint = loaded["qwen2_vl"]
-    stream = read_frames(engine.plan(checkpoint, clip, **SAMPLING))
+    stream = read_frames(budget.plan(checkpoint, clip, **SAMPLING))
     frames = [frame for frame in stream if frame.time < 2 or frame.time > 5]
     lossy = FakeStream(stream.plan, frames)
     found = engine.watch(checkpoint, lossy, timestamps=True)
@@ -206,7 +195,7 @@ class FakeStream:
 
 
 def test_a_video_without_a_single_frame_is_an_error_and_not_an_answer(loaded, clip):
-    stream = read_frames(engine.plan(loaded["qwen2_vl"], clip, **SAMPLING))
+    stream = read_frames(budget.plan(loaded["qwen2_vl"], clip, **SAMPLING))
     stream.plan.index.stamps[:] = -1  # of packets that are nowhere to be found
 
     with pytest.raises(VideoError, match="none of 12 frames"):
@@ -221,14 +210,19 @@ def test_density_is_that_of_the_prefill(folders, clip, watched):
     assert 0.1 < sparse.density < 0.95
 
 
-def test_progress_counts_frames_and_then_tokens(loaded, clip, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK_FRAMES", 8)
-    checkpoint, calls = loaded["qwen2_vl"], []
-    stream = read_frames(engine.plan(checkpoint, clip, **SAMPLING))
+def test_progress_counts_frames_and_tokens(folders, clip, monkeypatch):
+    monkeypatch.setattr(budget, "CHUNK_FRAMES", 8)
+    monkeypatch.setattr(engine, "CHUNK_TOKENS", 320)
+    config = RRConfig(block_size=64)
+    checkpoint, calls = load(folders["qwen2_vl"], attention="full", device="cpu", config=config), []
+    stream = read_frames(budget.plan(checkpoint, clip, **SAMPLING))
     found = engine.watch(checkpoint, stream, timestamps=True, progress=lambda *call: calls.append(call))
     tokens = len(found.prefix)
 
-    assert calls == [("frames", 8, 12), ("frames", 12, 12), ("tokens", 0, tokens), ("tokens", tokens, tokens)]
+    assert [call for call in calls if call[0] == "frames"] == [("frames", 8, 12), ("frames", 12, 12)]
+    counts = [call[1] for call in calls if call[0] == "tokens"]
+    assert counts == [*range(320, tokens - 64, 320), tokens]
+    assert all(call[2] == tokens for call in calls if call[0] == "tokens")
     assert {*found.seconds} == {"decode", "encode", "prefill"}
     assert all(seconds > 0 for seconds in found.seconds.values())
 
@@ -238,22 +232,9 @@ def narrow(folders, tmp_path_factory):
     """A model with a short context."""
     folder = shutil.copytree(folders["qwen2_vl"], tmp_path_factory.mktemp("narrow") / "checkpoint")
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = engine.ROOM + 120
+    config["text_config"]["max_position_embeddings"] = budget.ROOM + 120
     (folder / "config.json").write_text(json.dumps(config))
     return load(folder, attention="full", device="cpu")
-
-
-def test_too_many_frames_are_refused_before_decoding_and_told_how_many_fit(narrow, clip, monkeypatch):
-    monkeypatch.setattr("rrvideo.video.read_pyav", lambda *_, **__: pytest.fail("decoded"))
-    with pytest.raises(BudgetError) as refusal:
-        engine.plan(narrow, clip, **SAMPLING | {"fps": 24.0})
-
-    assert "144 frames need " in refusal.value.message
-    fit = int(refusal.value.hint.split()[0])
-    assert 4 <= fit < 144
-    assert len(engine.plan(narrow, clip, **SAMPLING | {"fps": 24.0, "max_frames": fit}).indices) == fit
-    with pytest.raises(BudgetError):
-        engine.plan(narrow, clip, **SAMPLING | {"fps": 24.0, "max_frames": fit + 4})
 
 
 def test_a_context_is_long_in_positions_and_not_in_tokens(narrow, clip):
@@ -271,21 +252,6 @@ def test_a_question_too_long_for_what_is_left_is_refused(narrow, clip):
     with pytest.raises(BudgetError, match=f"{left} are left"):
         answer(found, QUESTION, tokens=left - asked + 1)
     assert answer(found, QUESTION, tokens=left - asked)
-
-
-def test_no_frame_at_all_fits_a_context_that_is_too_short(narrow, clip, monkeypatch):
-    monkeypatch.setattr(engine, "ROOM", narrow.context_length - 3)
-
-    with pytest.raises(BudgetError, match="no frame of this video fits"):
-        engine.plan(narrow, clip, **SAMPLING)
-
-
-def test_frames_are_as_large_as_the_checkpoint_allows(loaded, clip):
-    checkpoint = loaded["qwen2_vl"]
-    chosen = engine.plan(checkpoint, clip, **SAMPLING)
-    expected = plan_samples(clip, fps=2.0, limits=checkpoint.limits)
-
-    assert (chosen.width, chosen.height, chosen.indices) == (expected.width, expected.height, expected.indices)
 
 
 def test_a_closed_video_answers_no_more(loaded, clip):

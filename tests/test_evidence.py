@@ -9,7 +9,7 @@ from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint
 from clips import numbered_frames, write_video
 
 from rrattention.transformers import observe
-from rrvideo import engine
+from rrvideo import budget, engine
 from rrvideo.evidence import Evidence, Gaze, intervals
 from rrvideo.model import load
 from rrvideo.tokens import Prefix, patchify
@@ -28,7 +28,7 @@ def clip(tmp_path_factory):
 def test_weights_follow_the_attention_that_transformers_reports(tmp_path, clip, family, timestamps):
     folder = make_checkpoint(tmp_path, family)
     checkpoint = load(folder, attention="full", device="cpu")
-    stream = read_frames(engine.plan(checkpoint, clip, fps=2.0, max_frames=768, timestamps=timestamps))
+    stream = read_frames(budget.plan(checkpoint, clip, fps=2.0, max_frames=768, timestamps=timestamps))
     watched = engine.watch(checkpoint, stream, timestamps=timestamps)
     prefix, asked = watched.prefix, checkpoint.question(watched.prefix, QUESTION)
     gaze = Gaze(prefix)
@@ -115,7 +115,7 @@ def test_half_precision_is_added_up_in_float32():
 
 def test_nobody_else_is_observed_between_two_tokens(tmp_path, clip):
     checkpoint = load(make_checkpoint(tmp_path), attention="full", device="cpu")
-    stream = read_frames(engine.plan(checkpoint, clip, fps=1.0, max_frames=8, timestamps=True))
+    stream = read_frames(budget.plan(checkpoint, clip, fps=1.0, max_frames=8, timestamps=True))
     one, other = engine.watch(checkpoint, stream, timestamps=True), engine.watch(checkpoint, stream, timestamps=True)
     calls, foreign = [], []
     first = one.generate(

@@ -2,17 +2,18 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint
+from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint, processed
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 
 from rrattention import RRConfig
 from rrattention.transformers import record
-from rrvideo import model as model_module
 from rrvideo.errors import ModelError
 from rrvideo.model import Checkpoint, load
 from rrvideo.tokens import patchify
@@ -28,6 +29,7 @@ SPREAD = {
     "model.language_model.norm": "cpu",
     "model.language_model.layers.0": "cpu",
     "model.language_model.layers.1": "disk",
+    "model.language_model.layers.2": "cpu",
     "lm_head": "disk",
 }
 in_each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -55,22 +57,34 @@ def folder(folders, tmp_path) -> Path:
     return shutil.copytree(folders["qwen2_vl"], tmp_path / "checkpoint")
 
 
-def random_frames(frames, height, width):
-    return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+def random_frames(checkpoint, shape):
+    """Frames of a shape that is told in frames and in rows and columns of visual tokens."""
+    count, rows, columns = shape
+    sides = rows * checkpoint.spec.factor, columns * checkpoint.spec.factor
+    return np.random.default_rng(0).integers(0, 256, (count, *sides, 3), dtype=np.uint8)
 
 
-def inputs_for(checkpoint, shape, timestamps):
-    count, *size = shape
-    prefix = checkpoint.prefix([i * SECONDS_PER_STEP / 2 for i in range(count)], size, timestamps=timestamps)
+def frame_times(count):
+    return [i * SECONDS_PER_STEP / 2 for i in range(count)]
+
+
+def inputs_for(checkpoint, frames, timestamps=None):
+    """The prefix, all token ids, their positions, and the patches."""
+    prefix = checkpoint.prefix(frame_times(len(frames)), frames.shape[1:3], timestamps=timestamps)
     question = checkpoint.question(prefix, TURNS)
     positions = torch.cat([prefix.positions, prefix.next_positions(len(question))], dim=1)
-    return prefix, torch.cat([prefix.input_ids, question]), positions[:, None]
+    return prefix, torch.cat([prefix.input_ids, question]), positions[:, None], patchify(frames, checkpoint.spec)
 
 
 def embeddings_of(checkpoint, prefix, ids, patches):
-    embeddings = checkpoint.embed(ids)
-    embeddings[: len(prefix)][prefix.visual] = checkpoint.encode(patches, prefix.grid_thw)
-    return embeddings[None]
+    visual = torch.cat([prefix.visual, torch.zeros(len(ids) - len(prefix), dtype=torch.bool)])
+    return checkpoint.embed(ids, visual, checkpoint.encode(patches, prefix.grid_thw))[None]
+
+
+def logits_of(checkpoint, frames):
+    prefix, ids, positions, patches = inputs_for(checkpoint, frames)
+    embeddings = embeddings_of(checkpoint, prefix, ids, patches)
+    return checkpoint.forward(embeddings, positions.to(checkpoint.device), checkpoint.new_cache())
 
 
 def edit_json(path, **changes):
@@ -79,20 +93,19 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-@pytest.mark.parametrize("shape", [(1, 56, 56), (6, 84, 140), (7, 112, 84)], ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("timestamps", [False, True], ids=["one-segment", "timestamps"])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (6, 3, 5), (7, 4, 3)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("timestamps", [False, True], ids=["no-times", "timestamps"])
 @in_each_family
 def test_logits_equal_those_of_the_plain_forward_pass(loaded, plain, family, timestamps, shape):
     checkpoint = loaded[family]
-    prefix, ids, positions = inputs_for(checkpoint, shape, timestamps)
-    patches = patchify(random_frames(*shape), checkpoint.spec)
+    prefix, ids, positions, patches = inputs_for(checkpoint, random_frames(checkpoint, shape), timestamps)
 
     logits = checkpoint.forward(
         embeddings_of(checkpoint, prefix, ids, patches), positions, checkpoint.new_cache(), last_only=False
     )
 
     # Where the video is one segment, transformers 5 misplaces the text after it (see test_tokens.py).
-    own_positions = {} if timestamps else {"position_ids": positions}
+    own_positions = {"position_ids": positions} if len(prefix.grid_thw) == 1 else {}
     with torch.no_grad():
         expected = plain[family](
             input_ids=ids[None],
@@ -105,14 +118,53 @@ def test_logits_equal_those_of_the_plain_forward_pass(loaded, plain, family, tim
 
 
 @in_each_family
+def test_logits_equal_those_of_the_processor_and_the_model_of_transformers(folders, loaded, plain, family):
+    """The whole way, with nothing of ours on the other side but the times that Qwen2-VL and Qwen2.5-VL are told."""
+    checkpoint = loaded[family]
+    frames = random_frames(checkpoint, (6, 3, 5))
+    inputs = processed(AutoProcessor.from_pretrained(folders[family]), frames, frame_times(6), TURNS[0])
+    with torch.no_grad():
+        expected = plain[family](**inputs).logits[:, -1:]
+
+    prefix, ids, positions, patches = inputs_for(checkpoint, frames, timestamps=True)
+    found = checkpoint.forward(embeddings_of(checkpoint, prefix, ids, patches), positions, None)
+
+    assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_features_of_qwen3_carry_those_of_its_deepstack(loaded, plain):
+    checkpoint = loaded["qwen3_vl"]
+    prefix, ids, positions, patches = inputs_for(checkpoint, random_frames(checkpoint, (6, 3, 5)))
+    features = checkpoint.encode(patches, prefix.grid_thw)
+    with torch.no_grad():
+        expected = plain["qwen3_vl"].model.visual(patches, grid_thw=prefix.grid_thw)
+    columns = [expected.pooler_output, *expected.deepstack_features]
+
+    assert features.shape == (3 * 15, checkpoint.feature_width) == (45, 3 * 64)
+    assert (features - torch.cat(columns, dim=1)).norm() <= 1e-5 * features.norm()
+    # Each level of them tells in the answer, and text is only as wide as its embedding.
+    visual, asked = prefix.visual, ids[len(prefix) :]
+    last = []
+    for level in (None, 1, 2):
+        cache, changed = checkpoint.new_cache(), features.clone()
+        if level is not None:
+            changed[:, 64 * level : 64 * (level + 1)] = 0
+        seen = checkpoint.embed(prefix.input_ids, visual, changed)[None]
+        checkpoint.forward(seen, positions[..., : len(prefix)], cache)
+        text = checkpoint.embed(asked)[None]
+        assert text.shape[-1] == 64
+        last.append(checkpoint.forward(text, positions[..., len(prefix) :], cache))
+    assert all((other - last[0]).norm() > 1e-2 * last[0].norm() for other in last[1:])
+
+
+@in_each_family
 def test_rrattention_is_on_unless_asked_otherwise_and_follows_its_config(folders, loaded, family):
     sparse = load(folders[family], device="cpu", config=RRConfig(block_size=16, stride=4, tau=0.3, min_tokens=0))
-    prefix, ids, positions = inputs_for(sparse, (24, 84, 84), None)
-    patches = patchify(random_frames(24, 84, 84), sparse.spec)
+    frames = random_frames(sparse, (24, 3, 3))
     logits, densities = [], []
     for checkpoint in (sparse, loaded[family]):
         with record() as prefill:
-            logits.append(checkpoint.forward(embeddings_of(checkpoint, prefix, ids, patches), positions, None))
+            logits.append(logits_of(checkpoint, frames))
         densities.append(prefill.density())
 
     assert densities[0] < 0.9
@@ -124,8 +176,8 @@ def test_rrattention_is_on_unless_asked_otherwise_and_follows_its_config(folders
 @in_each_family
 def test_the_cache_goes_on_where_the_prefix_ended(loaded, family):
     checkpoint = loaded[family]
-    prefix, ids, positions = inputs_for(checkpoint, (6, 56, 84), None)
-    embeddings = embeddings_of(checkpoint, prefix, ids, patchify(random_frames(6, 56, 84), checkpoint.spec))
+    prefix, ids, positions, patches = inputs_for(checkpoint, random_frames(checkpoint, (6, 2, 3)))
+    embeddings = embeddings_of(checkpoint, prefix, ids, patches)
     at_once = checkpoint.forward(embeddings, positions, None)
 
     cache = checkpoint.new_cache()
@@ -140,26 +192,23 @@ def test_the_cache_goes_on_where_the_prefix_ended(loaded, family):
 
 @in_each_family
 def test_answers_go_with_what_is_seen(loaded, family):
-    checkpoint = loaded[family]
-    prefix, ids, positions = inputs_for(checkpoint, (4, 56, 56), None)
-    frames = random_frames(4, 56, 56)
-    logits = [
-        checkpoint.forward(
-            embeddings_of(checkpoint, prefix, ids, patchify(video, checkpoint.spec)), positions, checkpoint.new_cache()
-        )
-        for video in (frames, frames[::-1].copy())
-    ]
+    frames = random_frames(loaded[family], (4, 2, 2))
+    logits = [logits_of(loaded[family], video) for video in (frames, frames[::-1].copy())]
 
     assert (logits[0] - logits[1]).norm() > 1e-2 * logits[0].norm()
 
 
 def test_families_that_do_not_tell_time_read_it_in_the_prompt(loaded):
     times = [0.0, 5.0, 10.0, 15.0]
-    written = loaded["qwen2_vl"].prefix(times, (28, 28))
-    told = loaded["qwen2_5_vl"].prefix(times, (28, 28))
+    prefixes = {
+        family: checkpoint.prefix(times, (checkpoint.spec.factor,) * 2) for family, checkpoint in loaded.items()
+    }
+    texts = {family: loaded[family].tokenizer.decode(prefix.input_ids) for family, prefix in prefixes.items()}
 
-    assert "0:10<|vision_start|>" in loaded["qwen2_vl"].tokenizer.decode(written.input_ids)
-    assert "0:10" not in loaded["qwen2_5_vl"].tokenizer.decode(told.input_ids)
+    assert "0:10<|vision_start|>" in texts["qwen2_vl"]
+    assert "<12.5 seconds><|vision_start|>" in texts["qwen3_vl"]
+    assert "user\n<|vision_start|>" in texts["qwen2_5_vl"]
+    told = prefixes["qwen2_5_vl"]
     assert told.positions[0, told.visual].diff().tolist() == [20]  # 10 s at 2 tokens per second
 
 
@@ -168,13 +217,19 @@ def test_a_loaded_vision_tower_runs_equal_segments_as_a_batch(loaded, family):
     assert loaded[family].model.model.visual.config._attn_implementation == SEGMENT_ATTENTION
 
 
-def test_what_a_checkpoint_says_of_itself(loaded):
+def test_what_a_checkpoint_says_of_itself(folders, loaded):
     checkpoint = loaded["qwen2_vl"]
 
+    assert checkpoint.folder == folders["qwen2_vl"]
     assert checkpoint.context_length == 4096
     assert checkpoint.stop_ids == {checkpoint.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert (checkpoint.device.type, checkpoint.dtype) == ("cpu", torch.float32)
     assert checkpoint.spec.factor == checkpoint.limits.factor == 28
+    assert checkpoint.feature_width == 64
+
+    newest = loaded["qwen3_vl"]
+    assert newest.stop_ids == {*newest.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])}
+    assert newest.spec.factor == newest.limits.factor == 32
 
 
 @pytest.mark.parametrize(
@@ -193,6 +248,20 @@ def test_frames_keep_to_the_published_limits_within_those_of_the_checkpoint(fold
     found = load(folder, attention="full", device="cpu").limits
 
     assert (found.min_pixels, found.max_pixels) == limits
+
+
+def test_without_weights_a_checkpoint_still_says_all_of_itself(folder, loaded):
+    (folder / "model.safetensors").unlink()
+    outline, whole = load(folder, device="cpu", weights=False), loaded["qwen2_vl"]
+
+    assert (outline.spec, outline.limits, outline.family) == (whole.spec, whole.limits, whole.family)
+    assert (outline.dtype, outline.context_length, outline.feature_width) == (torch.float32, 4096, 64)
+    prefixes = [checkpoint.prefix([0.0, 1.0, 2.0], (56, 84)) for checkpoint in (outline, whole)]
+    assert torch.equal(prefixes[0].input_ids, prefixes[1].input_ids)
+    shapes = [{name: weight.shape for name, weight in each.model.named_parameters()} for each in (outline, whole)]
+    assert shapes[0] == shapes[1]
+    assert all(weight.is_meta for weight in outline.model.parameters())
+    assert load(folder, device="cpu", weights=False, dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_the_newest_layout_keeps_the_video_processor_in_one_file_with_the_others(folder):
@@ -228,14 +297,9 @@ def test_checkpoints_of_other_years_load_the_same(folder, loaded, rewrite):
     rewrite(folder)
     other, known = load(folder, attention="full", device="cpu"), loaded["qwen2_vl"]
 
-    prefix, ids, positions = inputs_for(known, (4, 56, 56), None)
-    patches = patchify(random_frames(4, 56, 56), known.spec)
-    assert torch.equal(inputs_for(other, (4, 56, 56), None)[1], ids)
-    expected, found = (
-        checkpoint.forward(embeddings_of(checkpoint, prefix, ids, patches), positions, checkpoint.new_cache())
-        for checkpoint in (known, other)
-    )
-    assert torch.equal(found, expected)
+    frames = random_frames(known, (4, 2, 2))
+    assert torch.equal(inputs_for(other, frames)[1], inputs_for(known, frames)[1])
+    assert torch.equal(logits_of(other, frames), logits_of(known, frames))
 
 
 def test_a_checkpoint_without_an_output_layer_of_its_own_shares_the_embedding(folder):
@@ -251,14 +315,12 @@ def test_a_checkpoint_without_an_output_layer_of_its_own_shares_the_embedding(fo
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "auto"], ids=str)
 def test_weights_are_loaded_in_the_type_asked_for(folders, loaded, dtype):
-    checkpoint = load(folders["qwen2_vl"], attention="full", device="cpu", dtype=dtype)
-    prefix, ids, positions = inputs_for(checkpoint, (2, 56, 56), None)
-    patches = patchify(random_frames(2, 56, 56), checkpoint.spec)
-    logits = checkpoint.forward(embeddings_of(checkpoint, prefix, ids, patches), positions, checkpoint.new_cache())
+    checkpoint = load(folders["qwen3_vl"], attention="full", device="cpu", dtype=dtype)
+    frames = random_frames(checkpoint, (2, 2, 2))
+    logits = logits_of(checkpoint, frames)
 
     assert checkpoint.dtype == logits.dtype == {"bfloat16": torch.bfloat16, "auto": torch.float32}.get(dtype, dtype)
-    exact = loaded["qwen2_vl"]
-    expected = exact.forward(embeddings_of(exact, prefix, ids, patches), positions, exact.new_cache())
+    expected = logits_of(loaded["qwen3_vl"], frames)
     assert (logits.float() - expected).norm() <= 0.1 * expected.norm()
 
 
@@ -271,14 +333,10 @@ def test_a_half_precision_checkpoint_is_float32_on_a_cpu_unless_asked_otherwise(
 
 @pytest.mark.parametrize("device_map", ["auto", SPREAD], ids=["auto", "spread"])
 def test_accelerate_spreads_the_model(folders, loaded, device_map):
-    whole, checkpoint = loaded["qwen2_vl"], load(folders["qwen2_vl"], attention="full", device_map=device_map)
-    prefix, ids, positions = inputs_for(whole, (4, 56, 56), None)
-    patches = patchify(random_frames(4, 56, 56), whole.spec)
+    whole, checkpoint = loaded["qwen3_vl"], load(folders["qwen3_vl"], attention="full", device_map=device_map)
+    frames = random_frames(whole, (4, 2, 2))
 
-    expected, found = (
-        each.forward(embeddings_of(each, prefix, ids, patches), positions.to(each.device), each.new_cache()).cpu()
-        for each in (whole, checkpoint)
-    )
+    expected, found = (logits_of(each, frames).cpu() for each in (whole, checkpoint))
 
     assert (found - expected).norm() <= 1e-4 * expected.norm()
     # A weight on disk has no device of its own until its layer runs.
@@ -304,8 +362,17 @@ def test_a_hub_id_is_found_in_the_local_cache(folders, tmp_path, monkeypatch):
         load("somebody/Other")
 
 
-def test_every_family_is_tested_under_its_own_name():
-    assert [*model_module.FAMILIES] == FAMILIES
-    for model_type, family in model_module.FAMILIES.items():
-        assert MODEL_CLASSES[model_type].__name__ == family.class_name
-        assert MODEL_CLASSES[model_type].config_class.model_type == model_type
+@pytest.mark.parametrize("weights", [True, False])
+def test_weights_are_fetched_only_where_they_are_wanted(folders, monkeypatch, weights):
+    asked = []
+
+    def download(name, *, allow_patterns):
+        asked.append(allow_patterns)
+        return folders["qwen2_vl"]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    load("somebody/Some-Model", device="cpu", weights=weights)
+
+    files = [path.name for path in folders["qwen2_vl"].iterdir()]
+    fetched = {name for name in files if any(fnmatch(name, pattern) for pattern in asked[0])}
+    assert {*files} - fetched == (set() if weights else {"model.safetensors"})

@@ -2,9 +2,11 @@
 
 import gc
 import json
-import weakref
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from checkpoints import make_checkpoint
 from clips import numbered_frames, write_video
 
 from rrvideo import Answer, BudgetError, Evidence, RRConfig, VideoError, VideoQA, engine
+from rrvideo.errors import Cancelled
 from rrvideo.video import READERS, probe
 
 QUESTION = "What colour is the circle?"
@@ -82,6 +85,125 @@ def test_a_list_of_questions_is_answered_one_by_one(video):
     assert video.ask([]) == []
 
 
+def test_no_answer_depends_on_what_was_asked_before_or_was_broken_off(qa, clip, video):
+    """To the last bit: evidence and scores tell what texts may hide."""
+    questions = (QUESTION, OTHER, "Describe the video. " * 8)
+
+    def asked(video, question):
+        answer = video.ask(question, max_new_tokens=8)
+        return answer.text, answer.evidence, video.score(question, ["red", "It is blue."])
+
+    def talk(video):
+        chat = video.chat()
+        return [(answer.text, answer.evidence) for answer in (chat.ask(each, max_new_tokens=8) for each in questions)]
+
+    expected = {question: asked(qa.watch(clip), question) for question in questions}
+    conversation = talk(video)
+    assert len({str(answer) for answer in expected.values()}) == 3
+
+    for order in permutations(questions):
+        for question in order:
+            stream = video.stream(order[0])
+            next(stream)
+            stream.close()
+            assert asked(video, question) == expected[question]
+        assert talk(video) == conversation
+
+
+def test_several_videos_are_open_at_once(qa, clip):
+    with qa.watch(clip) as one, qa.watch(clip, start=4.0) as other:
+        first, second = one.ask(QUESTION, max_new_tokens=8), other.ask(QUESTION, max_new_tokens=8)
+        streams = [one.stream(QUESTION, max_new_tokens=8), other.stream(QUESTION, max_new_tokens=8)]
+        for _ in range(3):  # by turns
+            for stream in streams:
+                next(stream, None)
+        found = [stream.finish() for stream in streams]
+
+    assert [answer.text for answer in found] == [first.text, second.text]
+    assert [answer.evidence for answer in found] == [first.evidence, second.evidence]
+    assert first.evidence != second.evidence
+
+
+def test_threads_may_watch_and_ask_different_videos_at_once(qa, clip):
+    def watch_and_ask(start):
+        with qa.watch(clip, start=start) as video:
+            return [
+                (answer.text, answer.evidence, answer.density, answer.usage, video.score(QUESTION, ["red", "It is"]))
+                for answer in video.ask([QUESTION, OTHER] * 3, max_new_tokens=8)
+            ]
+
+    starts = (0.0, 2.0, 4.0)
+    expected = [watch_and_ask(start) for start in starts]
+    together = threading.Barrier(len(starts))
+
+    with ThreadPoolExecutor(len(starts)) as threads:
+        found = list(threads.map(lambda start: (together.wait(), watch_and_ask(start))[1], starts))
+    assert found == expected
+    assert expected[0] != expected[1] != expected[2]
+
+
+def test_the_scores_of_replies_are_their_probabilities(video):
+    watched, tokenizer = video._watched, video._watched.checkpoint.tokenizer
+    letters = [token for token in range(len(tokenizer)) if tokenizer.encode(tokenizer.decode(token)) == [token]]
+    scores = video.score(QUESTION, [tokenizer.decode(token) for token in letters])
+    question = watched.checkpoint.question(watched.prefix, [QUESTION])
+
+    assert 0.2 < sum(map(math.exp, scores)) <= 1.0001
+    assert scores == pytest.approx(watched.score(question, [[token] for token in letters]))
+    assert tokenizer.eos_token_id in letters  # that an answer ends there is a part of it too
+    with pytest.raises(ValueError, match="question must not be empty"):
+        video.score(" ", ["red"])
+
+
+def test_an_answer_can_be_cancelled_and_another_asked(video):
+    expected, cancel = video.ask(OTHER, max_new_tokens=6).text, engine.Cancel()
+    for begin in (video.stream, video.chat().stream):
+        cancel = engine.Cancel()
+        stream = begin(QUESTION, max_new_tokens=9, cancel=cancel)
+        next(stream)
+        cancel.cancel()
+        with pytest.raises(Cancelled):
+            stream.finish()
+    for ask in (video.ask, video.chat().ask):
+        with pytest.raises(Cancelled):
+            ask(QUESTION, cancel=cancel)
+    with pytest.raises(Cancelled):
+        video.score(QUESTION, ["red"], cancel=cancel)
+
+    assert video.ask(OTHER, max_new_tokens=6).text == expected
+
+
+def test_windows_of_a_video_are_scanned(qa, clip):
+    scanned = qa.scan(clip, {"red": "Is it red?"}, schema={"red": "yes/no"}, every=4, window=2, start=1.0, fps=2.0)
+    windows = list(scanned)
+
+    assert [(window.start, window.end) for window in windows] == [(1, 3), (5, 7)]
+    yes, no = qa.watch(clip, start=5.0, end=7.0, fps=2.0).score("Is it red?", ["yes", "no"])
+    assert windows[1]["red"].value is (yes > no)
+
+
+def test_watching_can_be_cancelled(qa, clip):
+    cancel = engine.Cancel()
+    with pytest.raises(Cancelled):
+        qa.watch(clip, progress=lambda *_: cancel.cancel(), cancel=cancel)
+
+
+def test_the_cache_can_be_kept_in_the_memory_of_the_cpu(qa, clip, video, monkeypatch):
+    asked, new_cache = [], engine.new_cache
+    monkeypatch.setattr(engine, "new_cache", lambda *given: asked.append(given[-1]) or new_cache(*given))
+
+    assert qa.watch(clip, cache="offload").ask(QUESTION).text == video.ask(QUESTION).text
+    assert asked == ["offload"]
+
+
+def test_frames_are_thinned_to_what_fits_where_that_is_wanted(qa, clip, video, monkeypatch):
+    room = int(video._watched.prefix.positions.max())  # a position too few
+    monkeypatch.setattr("rrvideo.budget.ROOM", qa.checkpoint.context_length - room)
+    with pytest.raises(BudgetError, match="8 frames need"):
+        qa.watch(clip)
+    assert 1 <= qa.watch(clip, fit=True).ask(QUESTION, max_new_tokens=1).usage.frames < 8
+
+
 def test_the_pieces_of_a_stream_join_to_the_answer(video):
     stream = video.stream(QUESTION, max_new_tokens=9)
     assert stream.answer is None
@@ -100,7 +222,7 @@ def test_a_stream_never_yields_half_a_letter(video, monkeypatch, text):
     tokenizer = video._watched.checkpoint.tokenizer
     ids = tokenizer.encode(text)  # several tokens for each letter that the vocabulary lacks
 
-    def generate(self, ids_of_question, *, max_new_tokens, observer):
+    def generate(self, ids_of_question, *, max_new_tokens, observer, cancel):
         yield from ids[:max_new_tokens]
 
     monkeypatch.setattr(engine.Watched, "generate", generate)
@@ -272,16 +394,50 @@ def test_attention_and_its_config_reach_the_model(folder, clip):
     assert full.ask(QUESTION, max_new_tokens=2).density == 1
 
 
-def test_closing_a_video_frees_its_cache(qa, clip):
-    with qa.watch(clip) as video:
-        keys = weakref.ref(video._watched.cache.layers[0].keys)
-        assert isinstance(video.ask(QUESTION, max_new_tokens=1), Answer)
-        keys = weakref.ref(video._watched.cache.layers[0].keys)
-    gc.collect()
+def tensors_at(addresses):
+    """How many tensors in memory lie there."""
+    found = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    return sum(each.untyped_storage().data_ptr() in addresses for each in found)
 
-    assert keys() is None
-    with pytest.raises(RuntimeError, match="the video is closed"):
+
+@pytest.mark.parametrize("how", ["close", "with", "del"])
+@pytest.mark.parametrize("opened", [False, True], ids=["watched", "opened"])
+def test_closing_a_video_frees_its_cache(qa, clip, tmp_path, how, opened):
+    video = qa.watch(clip)
+    if opened:
+        video.save(tmp_path / "saved")
+        video = qa.open(tmp_path / "saved")
+    stream = video.stream(QUESTION, max_new_tokens=5)
+    next(stream)
+    stream.close()
+    assert isinstance(video.ask(QUESTION, max_new_tokens=1), Answer)
+    layers = video._watched.cache.layers
+    held = {part.untyped_storage().data_ptr() for layer in layers for part in (layer.keys, layer.values)}
+    assert tensors_at(held) >= 2 * len(layers) == len(held)
+
+    del layers, stream
+    if how == "del":
+        del video
+    elif how == "with":
+        with video:
+            pass
+    else:
+        video.close()
+    assert tensors_at(held) == 0
+    if how != "del":
+        with pytest.raises(RuntimeError, match="the video is closed"):
+            video.ask(QUESTION)
+
+
+@pytest.mark.gpu
+def test_closing_a_video_gives_the_memory_of_the_gpu_back(folder, clip):
+    qa = VideoQA.load(folder, device="cuda")
+    qa.watch(clip).ask(QUESTION)  # so that what libraries allocate once is there
+    before = torch.cuda.memory_allocated()
+    with qa.watch(clip) as video:
         video.ask(QUESTION)
+        assert torch.cuda.memory_allocated() > before
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_the_embedded_model_needs_no_name():

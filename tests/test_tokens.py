@@ -3,19 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint
+from checkpoints import MODEL_CLASSES, PLACEHOLDER, make_checkpoint, processed
 from transformers import AutoProcessor
 
-from rrvideo import tokens
+from rrvideo import families, tokens
 from rrvideo.errors import ModelError
-from rrvideo.video import format_time
 
-PLACEHOLDER = "<|vision_start|><|video_pad|><|vision_end|>"
 QUESTION = "What colour is the circle?"
 SPEC = tokens.PatchSpec()
 SECONDS_PER_STEP = 4.0
-SHAPES = [(1, 56, 56), (2, 28, 112), (7, 84, 56), (12, 112, 84), (9, 28, 28)]  # frames, height, width
+SHAPES = [(1, 2, 2), (2, 1, 4), (7, 3, 2), (12, 4, 3), (9, 1, 1)]  # frames, rows and columns of visual tokens
 in_every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+# Qwen3-VL's own prompt has the times in any case.
+LAYOUTS = [("qwen2_vl", False), ("qwen2_vl", True), ("qwen2_5_vl", False), ("qwen2_5_vl", True), ("qwen3_vl", True)]
+in_every_layout = pytest.mark.parametrize(("family", "timestamps"), LAYOUTS)
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +42,28 @@ def frame_times(count):
     return [7.0 + i * SECONDS_PER_STEP / 2 for i in range(count)]
 
 
-def processed(processor, frames, timestamps):
-    """What the processor of transformers makes of the same video, with the times written between its steps."""
-    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    videos = [frames]
-    if timestamps:
-        videos = [frames[i : i + 2] for i in range(0, len(frames), 2)]
-        times = frame_times(len(frames))[::2]
-        text = text.replace(PLACEHOLDER, "".join(format_time(time) + PLACEHOLDER for time in times))
-    options = {"do_resize": False, "do_sample_frames": False, "cap_pixels_per_frame": False}
-    return processor(text=[text], videos=videos, return_tensors="pt", **options)
+def sized(family, shape):
+    """A shape in frames and visual tokens as one in frames and pixels."""
+    factor = families.FAMILIES[family].spec.factor
+    return shape[0], shape[1] * factor, shape[2] * factor
+
+
+def prefix_for(tokenizer, family, times, size, *, timestamps, **options):
+    """The prefix as a checkpoint of the family lays it out."""
+    rules = families.FAMILIES[family]
+    options |= {"label": rules.label, "part_steps": rules.parts_steps, "timestamps": timestamps}
+    return tokens.build_prefix(tokenizer, rules.spec, times, size, **options)
 
 
 @in_every_shape
-def test_patches_equal_those_of_the_processor(processors, shape):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_patches_equal_those_of_the_processor(processors, family, shape):
+    spec, shape = families.FAMILIES[family].spec, sized(family, shape)
     frames = random_frames(*shape)
-    expected = processed(processors["qwen2_vl"][0], frames, timestamps=False)
+    expected = processed(processors[family][0], frames, frame_times(len(frames)), QUESTION, timestamps=False)
 
-    assert torch.equal(tokens.patchify(frames, SPEC), expected.pixel_values_videos)
-    assert expected.video_grid_thw.tolist() == [list(SPEC.grid(*shape))]
+    assert torch.equal(tokens.patchify(frames, spec), expected.pixel_values_videos)
+    assert expected.video_grid_thw.tolist() == [list(spec.grid(*shape))]
 
 
 def test_frames_cut_a_few_at_a_time_give_the_same_patches_as_all_at_once():
@@ -72,7 +75,7 @@ def test_frames_cut_a_few_at_a_time_give_the_same_patches_as_all_at_once():
 
 def test_patches_follow_what_the_processor_config_says(processors):
     changed = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 128}
-    spec = tokens.PatchSpec.from_config({**changed, "patch_size": 7, "merge_size": 4, "processor_class": "other"})
+    spec = SPEC.updated({**changed, "patch_size": 7, "merge_size": 4, "processor_class": "other"})
     frames = random_frames(3, 56, 84)
     expected = processors["qwen2_vl"][0].video_processor(
         videos=[frames],
@@ -85,7 +88,7 @@ def test_patches_follow_what_the_processor_config_says(processors):
     )
 
     assert torch.equal(tokens.patchify(frames, spec), expected["pixel_values_videos"])
-    assert tokens.PatchSpec.from_config({}) == SPEC
+    assert spec.updated({"patch_size": None}) == spec
 
 
 @pytest.mark.parametrize(
@@ -104,18 +107,21 @@ def test_frames_of_another_shape_or_type_are_refused(frames):
 
 
 @in_every_shape
-@pytest.mark.parametrize("timestamps", [False, True], ids=["one-segment", "timestamps"])
-@pytest.mark.parametrize("family", FAMILIES)
+@in_every_layout
 def test_prompt_tokens_and_grids_equal_those_of_the_processor(processors, family, timestamps, shape):
     processor, _ = processors[family]
-    count, *size = shape
-    expected = processed(processor, random_frames(*shape), timestamps)
-    prefix = tokens.build_prefix(processor.tokenizer, SPEC, frame_times(count), size, timestamps=timestamps)
+    count, *size = sized(family, shape)
+    expected = processed(processor, random_frames(count, *size), frame_times(count), QUESTION, timestamps=timestamps)
+    prefix = prefix_for(processor.tokenizer, family, frame_times(count), size, timestamps=timestamps)
     question = tokens.build_question(processor.tokenizer, prefix, [QUESTION])
 
     # Both parts together are the whole as the processor tokenised it at once.
     assert torch.equal(torch.cat([prefix.input_ids, question]), expected.input_ids[0])
-    assert torch.equal(prefix.grid_thw, expected.video_grid_thw)
+    grid = expected.video_grid_thw
+    if family == "qwen3_vl":  # whose processor gives one row for all steps, and whose model parts them later
+        assert set(prefix.grid_thw[:, 0].tolist()) == {1}
+        grid = torch.cat([torch.ones(len(prefix.grid_thw), 1), grid[:, 1:].expand(grid[0, 0], -1)], dim=1)
+    assert torch.equal(prefix.grid_thw, grid)
     assert torch.equal(prefix.visual, expected.mm_token_type_ids[0, : len(prefix)] == 2)
     assert prefix.times == tuple(frame_times(count)[::2])
 
@@ -137,13 +143,43 @@ def test_times_are_written_before_their_steps(tokenizer):
     assert written == f"0:59{PLACEHOLDER}1:02:05{PLACEHOLDER}"
 
 
+@pytest.mark.parametrize("times", [[0.25, 0.75, 1.3, 1.9], [12.0, 12.5, 13.0]], ids=["even", "odd"])
+def test_qwen3_reads_the_mean_time_of_each_step_before_it(tokenizer, times):
+    written, silent = (
+        prefix_for(tokenizer, "qwen3_vl", times, (32, 32), timestamps=timestamps) for timestamps in (True, False)
+    )
+    text = tokenizer.decode(written.input_ids).split("<|im_start|>user\n")[1]
+
+    labels = {4: ["<0.5 seconds>", "<1.6 seconds>"], 3: ["<12.2 seconds>", "<13.0 seconds>"]}[len(times)]
+    assert text == "".join(label + PLACEHOLDER for label in labels)
+    # Without the times, the steps are segments still, as the model parts them.
+    assert tokenizer.decode(silent.input_ids).endswith("<|im_start|>user\n" + PLACEHOLDER * 2)
+    assert torch.equal(silent.grid_thw, written.grid_thw)
+
+
+@pytest.mark.parametrize(("family", "timestamps"), [*LAYOUTS, ("qwen3_vl", False)])
+def test_the_first_steps_of_a_video_are_laid_out_as_they_are_in_the_whole_video(tokenizer, family, timestamps):
+    options = {"timestamps": timestamps, "tokens_per_second": 2.0 if family == "qwen2_5_vl" else None}
+    size = (64, 96) if family == "qwen3_vl" else (56, 84)
+    times = [0.0, 0.9, 2.04, 3.3, 7.7, 8.0, 12.0, 13.1, 13.2]
+    whole = prefix_for(tokenizer, family, times, size, **options)
+
+    for frames in (2, 4, 8):
+        part = prefix_for(tokenizer, family, times[:frames], size, **options)
+        one_segment = len(whole.grid_thw) == 1
+        length = len(part) - one_segment  # without the end of a segment that goes on
+        assert torch.equal(part.input_ids[:length], whole.input_ids[:length])
+        assert torch.equal(part.step[:length], whole.step[:length])
+        assert torch.equal(part.positions[:, :length], whole.positions[:, :length])
+        assert int(part.visual.nonzero()[-1]) == len(part) - 2
+
+
 @in_every_shape
-@pytest.mark.parametrize("timestamps", [False, True], ids=["one-segment", "timestamps"])
-@pytest.mark.parametrize("family", FAMILIES)
+@in_every_layout
 def test_positions_equal_those_of_the_model(processors, family, timestamps, shape):
     processor, model = processors[family]
-    count, *size = shape
-    inputs = processed(processor, random_frames(*shape), timestamps)
+    count, *size = sized(family, shape)
+    inputs = processed(processor, random_frames(count, *size), frame_times(count), QUESTION, timestamps=timestamps)
     options, rate = {}, None
     if family == "qwen2_5_vl":
         rate = model.config.vision_config.tokens_per_second
@@ -154,8 +190,8 @@ def test_positions_equal_those_of_the_model(processors, family, timestamps, shap
         video_grid_thw=inputs.video_grid_thw,
         **options,
     )
-    prefix = tokens.build_prefix(
-        processor.tokenizer, SPEC, frame_times(count), size, timestamps=timestamps, tokens_per_second=rate
+    prefix = prefix_for(
+        processor.tokenizer, family, frame_times(count), size, timestamps=timestamps, tokens_per_second=rate
     )
     after = prefix.next_positions(inputs.input_ids.shape[1] - len(prefix))
     ours = torch.cat([prefix.positions, after], dim=1)
@@ -168,6 +204,24 @@ def test_positions_equal_those_of_the_model(processors, family, timestamps, shap
     assert ours[0, end] == ours[:, :end].max() + 1
     if timestamps:
         assert torch.equal(ours, expected[:, 0])
+
+
+def test_steps_that_are_not_evenly_spaced_keep_their_times(processors):
+    """Each stands where the model puts the second step of a video whose steps are that far apart."""
+    processor, model = processors["qwen2_5_vl"]
+    times = [3.0, 4.0, 5.5, 6.0, 15.0, 15.2, 16.0, 17.0, 40.0]
+    prefix = tokens.build_prefix(processor.tokenizer, SPEC, times, (56, 84), timestamps=False, tokens_per_second=2.0)
+    two = processed(processor, random_frames(4, 56, 84), times[:4], QUESTION, timestamps=False)
+
+    for step in range(1, 5):
+        expected, _ = model.model.get_rope_index(
+            two.input_ids,
+            mm_token_type_ids=two.mm_token_type_ids,
+            video_grid_thw=two.video_grid_thw,
+            second_per_grid_ts=torch.tensor([times[2 * step] - times[0]]),
+        )
+        second = expected[:, 0, two.mm_token_type_ids[0] == 2][:, 6:]
+        assert torch.equal(prefix.positions[:, prefix.step == step], second)
 
 
 @pytest.mark.parametrize("rate", [None, 2.0, 25.0])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint
 
-from rrvideo import vision
+from rrvideo import families, vision
 from rrvideo.vision import use_segment_attention
 
 in_each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -22,8 +22,14 @@ def towers(tmp_path_factory):
     return loaded
 
 
-def random_patches(grid_thw):
-    return torch.randn(int(grid_thw.prod(1).sum()), 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+def random_patches(family, grid_thw):
+    side = families.FAMILIES[family].spec.patch_size
+    return torch.randn(int(grid_thw.prod(1).sum()), 3 * 2 * side**2, generator=torch.Generator().manual_seed(0))
+
+
+def outputs_of(output):
+    """The features of the last layer, and of those before it that Qwen3-VL passes on too."""
+    return [output.pooler_output, *getattr(output, "deepstack_features", [])]
 
 
 @pytest.mark.parametrize(
@@ -36,16 +42,18 @@ def random_patches(grid_thw):
 def test_vision_features_equal_those_of_one_call_per_segment(towers, family, grids):
     ours, plain = towers[family]
     grid_thw = torch.tensor(grids)
-    patches = random_patches(grid_thw)
+    patches = random_patches(family, grid_thw)
 
-    features = ours(patches, grid_thw=grid_thw).pooler_output
-    expected = plain(patches, grid_thw=grid_thw).pooler_output
+    found, expected = ours(patches, grid_thw=grid_thw), plain(patches, grid_thw=grid_thw)
 
-    assert features.shape == (grid_thw.prod(1).sum() // 4, 64)
-    assert (features - expected).norm() <= 1e-5 * expected.norm()
+    assert found.pooler_output.shape == (grid_thw.prod(1).sum() // 4, 64)
+    for features, theirs in zip(outputs_of(found), outputs_of(expected), strict=True):
+        assert (features - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-@pytest.mark.parametrize(("family", "calls"), [("qwen2_vl", [16, 16]), ("qwen2_5_vl", [16, 16, 16])])
+@pytest.mark.parametrize(
+    ("family", "calls"), [("qwen2_vl", [16, 16]), ("qwen2_5_vl", [16, 16, 16]), ("qwen3_vl", [16, 16, 16])]
+)
 @torch.no_grad()
 def test_segments_of_one_length_are_one_call(towers, monkeypatch, family, calls):
     segments = []
@@ -58,7 +66,7 @@ def test_segments_of_one_length_are_one_call(towers, monkeypatch, family, calls)
     monkeypatch.setattr(vision.F, "scaled_dot_product_attention", count)
     # 2 x 3 visual tokens a step: in Qwen2.5-VL's first layer, one full window and one narrower one for each step.
     grid_thw = torch.tensor([[16, 4, 6]])
-    towers[family][0](random_patches(grid_thw), grid_thw=grid_thw)
+    towers[family][0](random_patches(family, grid_thw), grid_thw=grid_thw)
 
     assert segments == calls
 
@@ -68,7 +76,7 @@ def test_segments_of_one_length_are_one_call(towers, monkeypatch, family, calls)
 def test_a_step_is_encoded_the_same_alone_and_among_others(towers, family):
     tower, _ = towers[family]
     grid_thw = torch.tensor([[3, 6, 4]])
-    patches = random_patches(grid_thw)
+    patches = random_patches(family, grid_thw)
     together = tower(patches, grid_thw=grid_thw).pooler_output
     alone = [tower(part, grid_thw=torch.tensor([[1, 6, 4]])).pooler_output for part in patches.chunk(3)]
 

@@ -171,7 +171,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection,
 
 
 def _batches(counts: Tensor, room: int, narrow: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield rows that keep equally many blocks, and that number: so many rows that `narrow` blocks of each fill `room`."""
+    """Yield a number of blocks and rows that keep so many: as many rows as can take `narrow` blocks each in a step."""
     order = counts.argsort(stable=True)
     widths, sizes = counts[order].unique_consecutive(return_counts=True)
     for count, rows in zip(widths.tolist(), order.split(sizes.tolist()), strict=True):

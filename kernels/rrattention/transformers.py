@@ -29,7 +29,18 @@ from rrattention.blocks import BlockGrid, BlockStats
 from rrattention.config import RRConfig
 from rrattention.dense import dense_attention
 
-__all__ = ["NAME", "Attention", "PrefillRecord", "enable", "observe", "record", "register"]
+__all__ = [
+    "NAME",
+    "Attention",
+    "PrefillRecord",
+    "chunk",
+    "enable",
+    "exact",
+    "observe",
+    "record",
+    "register",
+    "settings",
+]
 
 NAME = "rrattention"
 
@@ -68,6 +79,11 @@ def enable(model: PreTrainedModel, config: RRConfig | None = None, attention: At
     text_config.rrattention = {"attention": attention, "config": asdict(config or RRConfig())}  # plain, for JSON
 
 
+def settings(model: PreTrainedModel) -> tuple[RRConfig, Attention]:
+    """Return what `enable` set for `model`, or the defaults."""
+    return _stored(model.config.get_text_config(decoder=True))
+
+
 class PrefillRecord:
     """Blocks kept and visible in each layer, over all prefill calls made inside `record()`.
 
@@ -100,6 +116,8 @@ class PrefillRecord:
 
 _RECORDS: ContextVar[tuple[PrefillRecord, ...]] = ContextVar("rrattention_records", default=())
 _OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("rrattention_observers", default=())
+_CHUNK: ContextVar[dict[str, Any] | None] = ContextVar("rrattention_chunk", default=None)
+_EXACT: ContextVar[bool] = ContextVar("rrattention_exact", default=False)
 
 
 def record() -> AbstractContextManager[PrefillRecord]:
@@ -113,6 +131,28 @@ def observe(callback: Observer) -> AbstractContextManager[Observer]:
     query [B, H, Lq, D] and key [B, K, Lk, D], the cache included, are those of the call, after rotary embedding.
     """
     return _listening(_OBSERVERS, callback)
+
+
+def chunk(*, total_tokens: int, last: bool) -> AbstractContextManager[None]:
+    """Let what this thread runs inside the `with` select what a prefill of `total_tokens` in one call would.
+
+    For a chunk over a cache: see `RRConfig.for_chunk`. It must hold at least `block_size` tokens, if there are so many.
+    """
+    return _setting(_CHUNK, {"total_tokens": total_tokens, "last": last})
+
+
+def exact() -> AbstractContextManager[None]:
+    """Let what this thread runs inside the `with` attend densely, however long: a question after a prefix, say."""
+    return _setting(_EXACT, True)
+
+
+@contextmanager
+def _setting(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 @contextmanager
@@ -146,7 +186,9 @@ def _attention(
     if dropout:
         raise ValueError(f"dropout must be 0 with {NAME}, which is for inference, got {dropout}")
 
-    config, attention = _settings(module)
+    config, attention = _stored(module.config)
+    if (part := _CHUNK.get()) is not None:
+        config = config.for_chunk(**part)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     for callback in _OBSERVERS.get():
         callback(module.layer_idx, query, key, scale)
@@ -160,7 +202,8 @@ def _attention(
 
     kv_start = attention_mask
     # A question after a long prefix is short and exact, and so is decoding.
-    if attention == "rr" and query.shape[2] >= config.block_size and key.shape == value.shape:
+    sparse = attention == "rr" and not _EXACT.get()
+    if sparse and query.shape[2] >= config.block_size and key.shape == value.shape:
         out, stats = rr_attention(query, key, value, config=config, scale=scale, kv_start=kv_start, return_stats=True)
         for prefill in _RECORDS.get():
             prefill.add(module.layer_idx, stats)
@@ -181,9 +224,9 @@ def _record_dense(
         prefill.add(module.layer_idx, stats)
 
 
-def _settings(module: nn.Module) -> tuple[RRConfig, Attention]:
-    """Return what `enable` stored in the module's config, or the defaults under a bare `attn_implementation`."""
-    stored = getattr(module.config, NAME, None)
+def _stored(text_config: Any) -> tuple[RRConfig, Attention]:
+    """Return what `enable` stored in the text part's config, or the defaults under a bare `attn_implementation`."""
+    stored = getattr(text_config, NAME, None)
     return (RRConfig(**stored["config"]), stored["attention"]) if stored else (RRConfig(), "rr")
 
 

@@ -1,0 +1,416 @@
+"""A watch in chunks and threads, against one pass over everything; and what stops it."""
+
+import threading
+import time
+import traceback
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import FAMILIES, make_checkpoint
+from clips import numbered_frames, write_video
+
+from rrattention import RRConfig, api
+from rrattention.transformers import exact, record
+from rrvideo import budget, engine, stages
+from rrvideo.errors import Cancelled, VideoError
+from rrvideo.model import Checkpoint, load
+from rrvideo.tokens import patchify
+from rrvideo.video import Frame, read_frames
+
+QUESTION = "What colour is the circle?"
+LONG = "Describe the video. " * 40
+BLOCK = 16
+SPARSE = RRConfig(block_size=BLOCK, stride=4, tau=0.5, min_tokens=200)
+SOON = 10.0  # seconds in which whatever is to happen has happened
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    before = {*threading.enumerate()}
+    yield
+    assert {*threading.enumerate()} <= before
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def sparse(folders):
+    return load(folders["qwen2_vl"], device="cpu", config=SPARSE)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Six seconds, in which every frame is another."""
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56))
+
+
+class FakeStream:
+    """Some frames of a plan, as a stream."""
+
+    def __init__(self, plan, frames):
+        self.plan = plan
+        self.frames = frames
+
+    def __iter__(self):
+        return iter(self.frames)
+
+
+def plan_for(checkpoint, clip, *, fps=2.0, timestamps=True):
+    return budget.plan(checkpoint, clip, fps=fps, max_frames=768, timestamps=timestamps)
+
+
+@pytest.fixture
+def in_small_chunks(monkeypatch):
+    """Two steps of frames are encoded at a time, and a few blocks of tokens prefilled."""
+    monkeypatch.setattr(budget, "CHUNK_FRAMES", 4)
+    monkeypatch.setattr(engine, "CHUNK_TOKENS", 4 * BLOCK)
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """The blocks that each sparse call keeps, in the order of the calls; `backend` chooses who finds them."""
+    found, stages_of = SimpleNamespace(backend="auto", masks=[]), api._stages
+
+    def spied(backend, like):
+        chosen = stages_of(found.backend, like)
+
+        def select(*arguments):
+            selection = chosen.select(*arguments)
+            found.masks.append(selection.mask()[0])
+            return selection
+
+        return SimpleNamespace(estimate=chosen.estimate, select=select, attend=chosen.attend)
+
+    monkeypatch.setattr(api, "_stages", spied)
+    return found
+
+
+def at_once(checkpoint, frames, timestamps=True):
+    """Prefix and KV cache of one pass over all frames, with the cache of transformers."""
+    pixels = torch.stack([torch.from_numpy(frame.image) for frame in frames])
+    grid = torch.tensor([checkpoint.spec.grid(*pixels.shape[:3])])
+    prefix = checkpoint.prefix([frame.time for frame in frames], pixels.shape[1:3], timestamps=timestamps)
+    features = checkpoint.encode(patchify(pixels, checkpoint.spec), grid)
+    embeddings = checkpoint.embed(prefix.input_ids, prefix.visual, features)
+    cache = checkpoint.new_cache()
+    checkpoint.forward(embeddings[None], prefix.positions[:, None], cache)
+    return prefix, cache
+
+
+def logits_after(checkpoint, prefix, cache):
+    ids = checkpoint.question(prefix, [QUESTION])
+    return checkpoint.forward(
+        checkpoint.embed(ids)[None], prefix.next_positions(len(ids))[:, None], cache, last_only=False
+    )
+
+
+def by_layer(masks, layers):
+    """The rows of blocks that each layer kept over all calls, [heads, query blocks, key blocks] each."""
+    width = max(mask.shape[-1] for mask in masks)
+    padded = [torch.nn.functional.pad(mask, (0, width - mask.shape[-1])) for mask in masks]
+    return [torch.cat(padded[layer::layers], dim=1) for layer in range(layers)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "family", "dtype", "fps", "timestamps", "changes"),
+    [
+        ("cpu", "qwen2_vl", "float64", 2.0, True, {}),
+        ("cpu", "qwen2_vl", "float64", 2.0, True, {"dense_last_block": False}),
+        ("cpu", "qwen2_vl", "float32", 2.5, False, {"scope": "heads"}),
+        ("cpu", "qwen2_5_vl", "float64", 2.0, False, {}),
+        ("cpu", "qwen3_vl", "float64", 0.7, True, {"dense_last_block": False}),
+        ("reference", "qwen2_vl", "float64", 2.0, True, {}),
+        ("triton", "qwen2_vl", "float32", 0.7, True, {"block_size": 64}),  # interpreted: as little as makes sense
+    ],
+)
+def test_chunks_select_the_blocks_of_one_pass_and_give_its_logits(
+    folders, clip, in_small_chunks, selections, backend, family, dtype, fps, timestamps, changes
+):
+    config = replace(SPARSE, **changes)
+    checkpoint = load(folders[family], device="cpu", dtype=dtype, config=config)
+    layers = checkpoint.model.config.get_text_config().num_hidden_layers
+    selections.backend = backend
+    plan = plan_for(checkpoint, clip, fps=fps, timestamps=timestamps)
+    watched = engine.watch(checkpoint, read_frames(plan), timestamps=timestamps)
+    found, selections.masks = selections.masks, []
+    with record() as whole:
+        prefix, cache = at_once(checkpoint, [*read_frames(plan)], timestamps)
+
+    assert len(found) >= 3 * layers
+    assert len(selections.masks) == layers
+    for ours, theirs in zip(by_layer(found, layers), by_layer(selections.masks, layers), strict=True):
+        assert torch.equal(ours, theirs)
+    assert watched.density == pytest.approx(whole.density())
+    assert watched.density < 0.9
+    assert torch.equal(watched.prefix.input_ids, prefix.input_ids)
+    ours, theirs = (logits_after(checkpoint, prefix, kept) for kept in (watched.cache, cache))
+    assert (ours - theirs).norm() <= (1e-12 if dtype == "float64" else 1e-4) * theirs.norm()
+
+
+@pytest.mark.parametrize("chunk", [1, BLOCK, 5 * BLOCK + 3, 10**6])
+def test_every_chunk_begins_at_a_block_and_the_last_is_no_shorter_than_one(sparse, clip, monkeypatch, chunk):
+    monkeypatch.setattr(engine, "CHUNK_TOKENS", chunk)
+    sizes, forward = [], Checkpoint.forward
+    monkeypatch.setattr(
+        Checkpoint,
+        "forward",
+        lambda self, e, *rest, **more: sizes.append(e.shape[1]) or forward(self, e, *rest, **more),
+    )
+    watched = engine.watch(sparse, read_frames(plan_for(sparse, clip, fps=1.0)))
+
+    assert sum(sizes) == len(watched.prefix)
+    assert all(size == max(chunk // BLOCK, 1) * BLOCK for size in sizes[:-1])
+    assert sizes[-1] >= BLOCK
+
+
+@pytest.mark.parametrize("lost", [(4, 5, 6), (3,), (11,), (8, 9, 10, 11), (0, 1)])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_frames_that_do_not_come_leave_what_one_pass_over_the_others_gives(
+    folders, clip, in_small_chunks, selections, family, lost
+):
+    checkpoint = load(folders[family], device="cpu", config=SPARSE)
+    plan = plan_for(checkpoint, clip)
+    frames = [frame for number, frame in enumerate(read_frames(plan)) if number not in lost]
+    watched = engine.watch(checkpoint, FakeStream(plan, frames))
+    prefix, cache = at_once(checkpoint, frames)
+
+    assert watched.frames == 12 - len(lost)
+    assert torch.equal(watched.prefix.input_ids, prefix.input_ids)
+    assert torch.equal(watched.prefix.positions, prefix.positions)
+    ours, theirs = (logits_after(checkpoint, prefix, kept) for kept in (watched.cache, cache))
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_the_plan_decides_whether_attention_is_sparse(folders, clip, in_small_chunks):
+    checkpoint = load(folders["qwen2_vl"], device="cpu", config=SPARSE)
+    plan = plan_for(checkpoint, clip)
+    planned = len(checkpoint.prefix(plan.times, (plan.height, plan.width)))
+    frames = [*read_frames(plan)][:6]
+    settings = checkpoint.model.config.get_text_config().rrattention["config"]
+    for least, is_sparse in ((planned, True), (planned + 1, False)):
+        settings["min_tokens"] = least
+        assert (engine.watch(checkpoint, FakeStream(plan, frames)).density < 1) == is_sparse
+
+
+def test_a_chunk_is_decoded_and_another_encoded_while_one_is_prefilled(sparse, clip, in_small_chunks, monkeypatch):
+    plan = plan_for(sparse, clip)
+    frames, decoded = [*read_frames(plan)], [threading.Event() for _ in plan.times]
+    encodings, encoded = [], threading.Event()
+    encode, forward = engine._encode, Checkpoint.forward
+
+    class Watchful(FakeStream):
+        def __iter__(self):
+            for frame, event in zip(frames, decoded, strict=True):
+                event.set()
+                yield frame
+
+    def encode_and_tell(*arguments):
+        encodings.append(len(arguments[1]))
+        if len(encodings) == 2:
+            encoded.set()
+        return encode(*arguments)
+
+    def forward_once_the_others_are_ahead(*arguments, **options):
+        assert encoded.wait(SOON)
+        assert decoded[8].wait(SOON)  # the first of the third chunk of four
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(engine, "_encode", encode_and_tell)
+    monkeypatch.setattr(Checkpoint, "forward", forward_once_the_others_are_ahead)
+    assert engine.watch(sparse, Watchful(plan, frames)).frames == 12
+
+
+def test_the_pixels_of_a_few_chunks_are_all_that_is_held(sparse, clip, in_small_chunks, monkeypatch):
+    plan = plan_for(sparse, clip, fps=5.0)
+    alive, most = set(), []
+
+    class Counting(FakeStream):
+        def __iter__(self):
+            for frame in read_frames(plan):
+                image = frame.image.copy()
+                alive.add(frame.index)
+                weakref.finalize(image, alive.discard, frame.index)
+                most.append(len(alive))
+                yield Frame(frame.index, frame.time, image)
+
+    forward = Checkpoint.forward
+    monkeypatch.setattr(Checkpoint, "forward", lambda *a, **k: time.sleep(0.02) or forward(*a, **k))
+    watched = engine.watch(sparse, Counting(plan, None))
+
+    assert watched.frames == 30
+    assert max(most) <= 3 * 4  # one chunk in the line, one in the encoder, and what is on its way
+
+
+@pytest.mark.parametrize("where", ["decode", "encode", "prefill", "progress"])
+def test_a_watch_is_cancelled_within_a_chunk(sparse, clip, in_small_chunks, monkeypatch, where):
+    plan, cancel, calls = plan_for(sparse, clip, fps=8.0), engine.Cancel(), []
+
+    def cancelling(function):
+        def called(*arguments, **options):
+            calls.append(where)
+            cancel.cancel()
+            return function(*arguments, **options)
+
+        return called
+
+    with monkeypatch.context() as patched:
+        stream, progress = read_frames(plan), None
+        if where == "decode":
+            stream = FakeStream(plan, map(cancelling(lambda frame: frame), read_frames(plan)))
+        elif where == "encode":
+            patched.setattr(engine, "_encode", cancelling(engine._encode))
+        elif where == "prefill":
+            patched.setattr(Checkpoint, "forward", cancelling(Checkpoint.forward))
+        else:
+            progress = cancelling(lambda *_: None)
+        with pytest.raises(Cancelled):
+            engine.watch(sparse, stream, cancel=cancel, progress=progress)
+
+    assert 1 <= len(calls) <= (4 if where == "decode" else 1)
+    assert engine.watch(sparse, read_frames(plan_for(sparse, clip, fps=1.0))).frames == 6
+
+
+@pytest.mark.parametrize("where", ["decode", "encode", "prefill", "progress"])
+def test_an_error_in_any_thread_reaches_the_caller_as_it_is(sparse, clip, in_small_chunks, monkeypatch, where):
+    error, plan = ZeroDivisionError("as asked"), plan_for(sparse, clip)
+
+    def break_here(*_, **__):
+        raise error
+
+    stream, progress = read_frames(plan), None
+    if where == "decode":
+        stream = FakeStream(plan, map(break_here, read_frames(plan)))
+    elif where == "encode":
+        monkeypatch.setattr(engine, "_encode", break_here)
+    elif where == "prefill":
+        monkeypatch.setattr(Checkpoint, "forward", break_here)
+    else:
+        progress = break_here
+    with pytest.raises(ZeroDivisionError) as failure:
+        engine.watch(sparse, stream, progress=progress)
+
+    assert failure.value is error
+    assert "break_here" in {frame.name for frame in traceback.extract_tb(failure.value.__traceback__)}
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_reader_that_stalls_hangs_nobody(sparse, clip, monkeypatch, cancelled):
+    monkeypatch.setattr(engine, "PATIENCE", 0.2)
+    monkeypatch.setattr(stages, "GRACE", 0.1)
+    gate, cancel, plan = threading.Event(), engine.Cancel(), plan_for(sparse, clip)
+    before = {*threading.enumerate()}
+
+    class Stalling(FakeStream):
+        def __iter__(self):
+            yield next(iter(read_frames(plan)))
+            if cancelled:
+                cancel.cancel()
+            gate.wait(SOON)
+
+    start = time.monotonic()
+    with pytest.raises(Cancelled if cancelled else VideoError, match="cancelled" if cancelled else "no frame for 0.5"):
+        engine.watch(sparse, Stalling(plan, None), cancel=cancel)  # half a second is between two frames of the video
+    assert time.monotonic() - start < SOON / 2
+    (abandoned,) = {*threading.enumerate()} - before
+    assert abandoned.daemon
+    gate.set()
+    abandoned.join(SOON)
+
+
+def test_an_answer_is_cancelled_within_a_token_and_the_video_answers_on(sparse, clip):
+    watched, cancel = engine.watch(sparse, read_frames(plan_for(sparse, clip))), engine.Cancel()
+    ids = sparse.question(watched.prefix, [QUESTION])
+    expected = list(watched.generate(ids, max_new_tokens=8))
+    tokens = []
+    with pytest.raises(Cancelled):
+        for token in watched.generate(ids, max_new_tokens=8, cancel=cancel):
+            tokens.append(token)
+            if len(tokens) == 3:
+                cancel.cancel()
+
+    assert tokens == expected[:3]
+    assert list(watched.generate(ids, max_new_tokens=8, cancel=engine.Cancel())) == expected
+    with pytest.raises(Cancelled):
+        watched.score(ids, [[5]], cancel=cancel)
+
+
+def test_logits_are_bitwise_the_same_in_any_order_also_when_the_cache_has_grown(sparse, clip, monkeypatch):
+    rows, forward = [], Checkpoint.forward
+
+    def remember(*arguments, **options):
+        rows.append(forward(*arguments, **options))
+        return rows[-1]
+
+    monkeypatch.setattr(engine, "ROOM", 0)
+    monkeypatch.setattr(Checkpoint, "forward", remember)
+    watched = [engine.watch(sparse, read_frames(plan_for(sparse, clip)), cache=kind) for kind in ("device", "offload")]
+
+    def logits(watched, text):
+        rows.clear()
+        ids = sparse.question(watched.prefix, [text])
+        list(watched.generate(ids, max_new_tokens=4))
+        watched.score(ids, [[7, 8, 9]])
+        return torch.cat([row[0] for row in rows])
+
+    capacity = watched[0].cache.layers[0].keys.stride(1)
+    first = [logits(watched[0], text) for text in (QUESTION, "When?", LONG, QUESTION)]
+    assert watched[0].cache.layers[0].keys.stride(1) > capacity
+    second = [logits(watched[1], text) for text in (LONG, QUESTION, "When?", QUESTION)]
+    assert torch.equal(first[0], first[3])
+    assert not torch.equal(first[0], first[1])
+    for one, other in ((0, 1), (0, 3), (1, 2), (2, 0)):
+        assert torch.equal(first[one], second[other])
+
+
+def test_a_long_question_attends_to_the_whole_video(folders, sparse, clip):
+    full = load(folders["qwen2_vl"], device="cpu", attention="full", config=SPARSE)
+    watched = engine.watch(full, read_frames(plan_for(full, clip)))
+    ids = full.question(watched.prefix, [LONG])
+    borrowed = engine.Watched(sparse, watched.prefix, 12, 1.0, {}, watched.cache)
+
+    assert len(ids) > 4 * BLOCK
+    assert borrowed.score(ids, [[5]]) == watched.score(ids, [[5]])
+
+
+def test_scores_are_the_log_probabilities_of_what_comes_next(sparse, clip):
+    watched = engine.watch(sparse, read_frames(plan_for(sparse, clip)))
+    ids = sparse.question(watched.prefix, [QUESTION])
+    replies = [[5], [9, 30, 12], [9], [7, 7]]
+    before = [layer.keys.clone() for layer in watched.cache.layers]
+    found = watched.score(ids, replies)
+
+    for reply, score in zip(replies, found, strict=True):
+        tokens = torch.cat([ids, torch.tensor(reply)])
+        positions = watched.prefix.next_positions(len(tokens))[:, None]
+        with exact():
+            logits = sparse.forward(sparse.embed(tokens)[None], positions, watched.cache, last_only=False)
+        watched.cache.roll_back(len(watched.prefix))
+        expected = logits[0, len(ids) - 1 : -1].log_softmax(-1)[range(len(reply)), reply].sum()
+        assert score == pytest.approx(float(expected), rel=1e-4)
+    assert found[1] < found[2] < 0
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(watched.cache.layers, before, strict=True))
+    assert watched.score(ids, []) == []
+    with pytest.raises(ValueError, match="must not be empty"):
+        watched.score(ids, [[1], []])
+
+
+@pytest.mark.gpu
+def test_a_video_whose_cache_is_offloaded_answers_as_any_other(folders, clip):
+    checkpoint = load(folders["qwen2_vl"], device="cuda", attention="full")
+    answers = []
+    for kind, device in (("device", "cuda"), ("offload", "cpu")):
+        watched = engine.watch(checkpoint, read_frames(plan_for(checkpoint, clip)), cache=kind)
+        assert {layer.keys.device.type for layer in watched.cache.layers} == {device}
+        answers.append([*watched.generate(checkpoint.question(watched.prefix, [QUESTION]), max_new_tokens=8)])
+    assert answers[0] == answers[1]
+
+
+def test_a_cache_of_another_kind_is_refused(sparse, clip):
+    with pytest.raises(ValueError, match="cache must be 'device' or 'offload', got 'disk'"):
+        engine.watch(sparse, read_frames(plan_for(sparse, clip)), cache="disk")
