@@ -236,6 +236,12 @@ def _times(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[
     yield _list("time", dict(zip(names, appearances(world, times), strict=True)), rng)
 
 
+def _timeline(world: World, rng: Random, times: Sequence[float]) -> Iterator[tuple[str, str]]:
+    if len(world.scenes) <= 6:
+        shown = (f"{time} {scene.name}" for scene, time in zip(world.scenes, appearances(world, times), strict=True))
+        yield rng.choice(("List the scenes with their times.", "What appears when?")), ", ".join(shown)
+
+
 def _list(fact: str, table: dict[str, str], rng: Random) -> tuple[str, str]:
     asked = rng.sample(list(table), min(4, len(table)))
     return f"Give the {fact} of each: {', '.join(asked)}.", ", ".join(f"{key} {table[key]}" for key in asked)
@@ -256,10 +262,11 @@ KINDS: dict[str, Callable[[World, Random, Sequence[float]], Iterator[tuple[str, 
     "describe": _describe,
     "each": _each,
     "times": _times,
+    "timeline": _timeline,
 }
 
 
-CHOICE_KINDS = tuple(kind for kind in KINDS if kind not in {"presence", "describe", "each", "times"})
+CHOICE_KINDS = tuple(kind for kind in KINDS if kind not in {"presence", "describe", "each", "times", "timeline"})
 
 
 def questions(world: World, rng: Random, times: Sequence[float], kinds: Sequence[str] = tuple(KINDS)) -> list[Question]:
