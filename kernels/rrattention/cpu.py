@@ -26,7 +26,7 @@ from rrattention.config import RRConfig
 SCORES_PER_THREAD = 1 << 18  # of one step: 1 MiB of float32
 STEP_KEYS = 1024  # of one step for each query, at least; fewer would not keep the matrix products busy
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x log2 e)
-LARGEST_EXPONENT = 80  # 2^80, times values, summed over a million keys, is far from overflow
+LARGEST_EXPONENT = 80  # of a sum of powers, either sign: float32 then keeps all that matters, values in it too
 
 
 @torch.no_grad()
@@ -115,73 +115,93 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection,
     grid, size = selection.grid, selection.grid.block_size
     accumulate = torch.promote_types(query.dtype, torch.float32)
     (batch, heads, _, dim), group = query.shape, query.shape[1] // key.shape[1]
-    # [B * K * key_blocks, block * D]
-    keys, values = (_key_to_grid(x, grid).to(accumulate).reshape(-1, size * dim) for x in (key, value))
-
-    # From here on a row is one query block of one head and sequence: [B * H * query_blocks, ...].
-    query_rows = _query_to_grid(query, grid).reshape(-1, size, dim)
-    counts, indices = selection.counts.flatten(), selection.indices.flatten(0, 2)
-    per_row = (batch, heads, grid.query_blocks)
-    own_block = grid.query_block()[:, None, :, 0].expand(per_row).flatten()
-    length = grid.length[:, None, None].expand(per_row).flatten()
-    key_head = torch.arange(len(counts), dtype=torch.int32) // grid.query_blocks // group
-    token = torch.arange(size)
-    triangle = keys.new_zeros(size, size).masked_fill_(token[:, None] > token, -torch.inf)  # [keys, queries]
-
     room = max(1, _budget() // size**2)  # blocks of one step
-    key_buffer, value_buffer = keys.new_empty(room, size * dim), keys.new_empty(room, size * dim)
-    score_buffer = keys.new_empty(room, size, size)
-    out = torch.zeros_like(query_rows)
-    for count, rows in _batches(counts, room, max(1, STEP_KEYS // size)):
-        queries = query_rows.index_select(0, rows).to(accumulate).mT.contiguous()  # [rows, D, block]
-        queries *= scale * LOG2_E
-        blocks = indices.index_select(0, rows)[:, :count]
-        # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
-        if grid.causal:
-            diagonal = blocks[:, -1] == own_block[rows]
-            bias = triangle if diagonal.all() else triangle.where(diagonal[:, None, None], 0.0)
-        else:
-            beyond = blocks[:, -1:] * size + token >= length[rows, None]
-            bias = keys.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, :, None]  # [rows, keys, 1]
+    keys, values = (_key_to_grid(x, grid).to(accumulate).reshape(-1, size, dim) for x in (key, value))
+    mixer = _Mixer(keys, values, room)
 
-        blocks = blocks + key_head[rows, None] * grid.key_blocks
-        mixed, total = keys.new_zeros(len(rows), size, dim), keys.new_zeros(len(rows), 1, size)
-        peak, shifted = torch.full_like(total, -torch.inf), False
-        steps = _ceil_div(count, max(1, room // len(rows)))
+    # From here on a row is one query block of one head and sequence, and rows that keep equally many blocks are
+    # neighbours: [B * H * query_blocks, ...].
+    query_rows = _query_to_grid(query, grid).reshape(-1, size, dim)
+    counts, order = selection.counts.flatten().sort(stable=True)
+    indices = selection.indices.flatten(0, 2).index_select(0, order)
+    last = indices.gather(1, counts[:, None].long().sub(1).clamp(min=0))  # [rows, 1]
+    first_block = order // grid.query_blocks // group * grid.key_blocks  # of the row's key head, among all
+    blocks = indices + first_block.to(torch.int32)[:, None]
+
+    # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
+    token = torch.arange(size)
+    per_row = (batch, heads, grid.query_blocks)
+    if grid.causal:
+        own = grid.query_block()[:, None, :, 0].expand(per_row).flatten()[order, None]
+        on_diagonal = (last == own) | (counts == 0)[:, None]  # [rows, 1]
+        hidden = (token[:, None] > token)[None]  # [1, keys of a block, queries of a block]
+        if not on_diagonal.all():  # a selection of the caller's own
+            hidden = hidden & on_diagonal[:, None]
+    else:
+        length = grid.length[:, None, None].expand(per_row).flatten()[order, None]
+        hidden = (last * size + token >= length)[:, :, None]  # [rows, keys of a block, 1]
+    bias = keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+    out, shifted = torch.zeros_like(query_rows), False
+    for count, part in _batches(counts, room, max(1, STEP_KEYS // size)):
+        queries = query_rows.index_select(0, order[part]).to(accumulate).mT.contiguous()  # [rows, D, block]
+        queries *= scale * LOG2_E
+        listed = queries, blocks[part, :count], bias if len(bias) == 1 else bias[part]
+        mixed, total = mixer.mix(*listed, shifted=shifted)
+        if not shifted and not total.log2().abs().amax() < LARGEST_EXPONENT:  # NaN and infinity included
+            shifted = True  # and stays so: where one batch needs it, others do
+            mixed, total = mixer.mix(*listed, shifted=True)
+        out.index_copy_(0, order[part], mixed.div_(total.mT).to(query.dtype))
+    return _shift_rows(out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
+
+
+class _Mixer:
+    """Keys and values in blocks, [blocks, block, D], and buffers for `room` blocks of them at a time."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        (_, self.size, self.dim), self.room = keys.shape, room
+        self.keys, self.values = keys.flatten(1), values.flatten(1)
+        self.key_buffer, self.value_buffer = (self.keys.new_empty(room, self.size * self.dim) for _ in range(2))
+        self.score_buffer = keys.new_empty(room, self.size, self.size)
+
+    def mix(self, queries: Tensor, blocks: Tensor, bias: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
+        """Return the sum of 2^score * value over the listed blocks, [rows, block, D], and of 2^score, [rows, 1, block].
+
+        queries [rows, D, block], blocks [rows, n]; `bias` is added to the scores of the last, [block, block] each.
+        With `shifted`, scores are taken relative to each query's highest: their powers then never leave the range.
+        """
+        rows, count = blocks.shape
+        mixed, total = queries.new_zeros(rows, self.size, self.dim), queries.new_zeros(rows, 1, self.size)
+        peak = torch.full_like(total, -torch.inf)
+        steps = math.ceil(count / max(1, self.room // rows))
         for step, columns in enumerate(blocks.tensor_split(steps, dim=1)):
             listed = columns.flatten()
-            step_keys = torch.index_select(keys, 0, listed, out=key_buffer[: len(listed)]).view(len(rows), -1, dim)
-            step_values = torch.index_select(values, 0, listed, out=value_buffer[: len(listed)]).view_as(step_keys)
-            scores = score_buffer[: len(listed)].view(len(rows), -1, size)  # [rows, keys, block]
-            torch.bmm(step_keys, queries, out=scores)
+            keys = torch.index_select(self.keys, 0, listed, out=self.key_buffer[: len(listed)]).view(rows, -1, self.dim)
+            values = torch.index_select(self.values, 0, listed, out=self.value_buffer[: len(listed)]).view_as(keys)
+            scores = self.score_buffer[: len(listed)].view(rows, -1, self.size)  # [rows, keys, block]
+            torch.bmm(keys, queries, out=scores)
             if step == steps - 1:
-                scores[:, -size:] += bias
-            # Scores are taken relative to the highest so far, but only where their powers could leave the range.
-            highest = scores.amax(dim=1, keepdim=True)
-            shifted = shifted or bool(highest.abs().amax() > LARGEST_EXPONENT)
-            previous, peak = peak, peak.maximum(highest) if shifted else torch.zeros_like(peak)
+                scores[:, -self.size :] += bias
             if shifted:
+                previous, peak = peak, peak.maximum(scores.amax(dim=1, keepdim=True))
                 fade = (previous - peak).exp2_()
                 mixed, total = mixed.mul_(fade.mT), total.mul_(fade)
                 scores.sub_(peak)
             total += scores.exp2_().sum(dim=1, keepdim=True)
-            mixed.baddbmm_(scores.mT, step_values)
-        out.index_copy_(0, rows, mixed.div_(total.mT).to(query.dtype))
-    return _shift_rows(out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
+            mixed.baddbmm_(scores.mT, values)
+        return mixed, total
 
 
-def _batches(counts: Tensor, room: int, narrow: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield a number of blocks and rows that keep so many: as many rows as can take `narrow` blocks each in a step."""
-    order = counts.argsort(stable=True)
-    widths, sizes = counts[order].unique_consecutive(return_counts=True)
-    for count, rows in zip(widths.tolist(), order.split(sizes.tolist()), strict=True):
+def _batches(counts: Tensor, room: int, narrow: int) -> Iterator[tuple[int, slice]]:
+    """Yield the runs of equal `counts`, cut so that a step has room for `narrow` blocks of each row, or for all."""
+    start = 0
+    for count, rows in zip(*(x.tolist() for x in counts.unique_consecutive(return_counts=True)), strict=True):
         if count:
-            at_once = _ceil_div(count, _ceil_div(count, narrow))  # blocks of a row, in steps of equal size
-            yield from ((count, part) for part in rows.split(max(1, room // at_once)))
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+            at_once = math.ceil(count / math.ceil(count / narrow))  # blocks of a row, in steps of equal size
+            batch = room // at_once
+            batch = max(batch - batch % torch.get_num_threads(), 1)  # every thread gets equally many matrices
+            yield from ((count, slice(at, min(at + batch, start + rows))) for at in range(start, start + rows, batch))
+        start += rows
 
 
 def _budget() -> int:
