@@ -121,6 +121,15 @@ def test_of_equally_heavy_blocks_the_same_ones_are_kept(scope):
     same_blocks(cpu.select(scores, grid, config), reference.select(scores, grid, config))
 
 
+@both_scopes
+def test_tau_one_keeps_even_the_blocks_without_mass(scope):
+    config = SMALL.config(tau=1.0, scope=scope)
+    grid = SMALL.grid(config, True)
+    scores = torch.zeros(1, 3, grid.query_blocks, grid.key_blocks)
+    scores[..., 0] = 8.0
+    same_blocks(cpu.select(scores, grid, config), reference.select(scores, grid, config))
+
+
 @all_cases
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -43,7 +43,7 @@ def estimate(query: Tensor, key: Tensor, grid: BlockGrid, *, stride: int, scale:
     position = row + (grid.first_query_block * grid.block_size)[:, None, None]  # [B, H, samples]
     first_position, length = grid.first_position[:, None, None], grid.length[:, None, None]
     real = ((position >= first_position) & (position < length)).unflatten(1, (key_heads, -1))  # [B, K, G, samples]
-    last_key = position.minimum(length - 1) if grid.causal else (length - 1).expand_as(position)  # that a sample sees
+    last_key = position if grid.causal else (length - 1).expand_as(position)  # that a sample sees
     last_key = last_key.unflatten(1, (key_heads, -1))
     first_key = torch.arange(0, grid.key_blocks * grid.block_size, stride, device=query.device)[:, None]  # [strides, 1]
 
