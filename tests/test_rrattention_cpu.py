@@ -140,6 +140,7 @@ def test_attending_to_any_blocks_equals_the_reference(case, causal, dtype, steps
     kept = torch.rand(len(q), case.heads, grid.query_blocks, grid.key_blocks, generator=generator) < 0.5
     kept = (kept | grid.mandatory()[:, None]) & grid.visible()[:, None]
     kept[:, 0, -1] = False  # an empty list: zeros
+    kept[:, 1] &= ~grid.mandatory()  # lists that end before the diagonal
     selection = BlockSelection.from_mask(kept, grid)
     unlisted = torch.arange(grid.key_blocks) >= selection.counts[..., None]
     selection.indices[unlisted] = -7  # these mean nothing

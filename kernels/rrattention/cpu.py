@@ -5,8 +5,11 @@ What makes it fast, each point measured against its alternatives:
 - Query blocks that keep equally many key blocks are one batch, whatever head they belong to: no padding.
 - Scores are kept transposed, [keys, queries]. Both products then have the shape that CPU matrix libraries are fastest
   at, and the softmax reduces over the leading dimension, which vectorises over queries.
-- A batch is no larger than the caches, and its buffers are made once: fresh memory costs more than the softmax does.
-- Powers of two instead of `exp`, which is several times slower. Half precision is computed in float32, which is faster.
+- A step works on what fits in the caches, and its buffers are made once: fresh memory costs more than the softmax does.
+- Powers of two instead of `exp`, which is several times slower, and relative to the highest score only where they would
+  leave the range of float32 otherwise.
+
+Half precision is computed in float32: bfloat16 products are faster, but they round the scores.
 
 Shapes: B batch, H query heads, K key heads, G = H / K query heads to a key head, L length, D head dim, S stride.
 """
