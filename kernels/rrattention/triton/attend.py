@@ -80,9 +80,11 @@ def _attend_kernel(
     CAUSAL: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    # Neighbouring programs are the heads of one tile, so that a group's heads meet in the cache. The last tiles, which
-    # have the most to do where attention is causal, go first.
-    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    # One group of heads after the other: what runs at a time meets in the cache, for it reads one head's keys and values.
+    # The last tiles, which have the most to do where attention is causal, go first.
+    key_heads = heads // group
+    batch, key_head = tl.program_id(2) // key_heads, tl.program_id(2) % key_heads
+    head = key_head * group + tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     row = tile // (BLOCK // TILE_M)  # of the block grid
 
@@ -101,7 +103,7 @@ def _attend_kernel(
     dims = tl.arange(0, TILE_D)
     rows_m, rows_n = tl.arange(0, TILE_M), tl.arange(0, TILE_N)
     real_dims = dims[None, :] < HEAD_DIM
-    batch, key_head, first_key = batch.to(tl.int64), (head // group).to(tl.int64), (key_length - length).to(tl.int64)
+    batch, key_head, first_key = batch.to(tl.int64), key_head.to(tl.int64), (key_length - length).to(tl.int64)
     first_key = batch * key_batch_stride + key_head * key_head_stride + first_key * key_stride
     key, value = key + first_key, value + first_key  # laid out alike
     offsets = rows_n[:, None] * key_stride + dims[None, :]
@@ -201,8 +203,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection,
     indices, counts = selection.indices.contiguous(), selection.counts.contiguous()
 
     batch, heads, query_length, head_dim = query.shape
-    tiles = grid.query_blocks * (grid.block_size // launch.tile_m)
-    _attend_kernel[(batch * heads, tiles)](
+    group, tiles = heads // key.shape[1], grid.query_blocks * (grid.block_size // launch.tile_m)
+    _attend_kernel[group, tiles, batch * key.shape[1]](
         query,
         key,
         value,
@@ -214,7 +216,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection,
         *key.stride()[:3],
         *out.stride()[:3],
         heads,
-        heads // key.shape[1],
+        group,
         query_length,
         key.shape[2],
         grid.query_blocks,
