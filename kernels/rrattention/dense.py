@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+FLASH_HEAD_DIM = 256  # up to which PyTorch's flash attention goes
 QUERY_CHUNK = 256  # queries of one masked call, so that no mask of size Lq x Lk exists
 
 
@@ -23,6 +25,10 @@ def dense_attention(
         return scaled_dot_product_attention(
             query, key, value, scale=scale, is_causal=causal and query_length > 1, enable_gqa=group > 1
         )
+    flash = query.is_cuda and query.dtype.itemsize == 2 and query.shape[3] == value.shape[3] <= FLASH_HEAD_DIM
+    if kv_start is None and flash:
+        bias = causal_lower_right(query_length, key_length)  # for flash attention this is no mask but a rule
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=group > 1)
 
     first = torch.zeros(1, device=query.device, dtype=torch.long) if kv_start is None else kv_start
     first = first[:, None, None, None]

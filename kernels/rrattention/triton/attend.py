@@ -80,7 +80,7 @@ def _attend_kernel(
     CAUSAL: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    # One group of heads after the other: what runs at a time meets in the cache, for it reads one head's keys and values.
+    # One group of heads after the other: what runs at a time reads one head's keys and values, and meets in the cache.
     # The last tiles, which have the most to do where attention is causal, go first.
     key_heads = heads // group
     batch, key_head = tl.program_id(2) // key_heads, tl.program_id(2) % key_heads
