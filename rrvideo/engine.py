@@ -104,6 +104,11 @@ class Watched:
                 scores.append(float(logits.float().log_softmax(-1).gather(1, chosen).sum()))
         return scores
 
+    @property
+    def layers(self) -> int:
+        """Of the language model."""
+        return int(self.checkpoint.model.config.get_text_config().num_hidden_layers)
+
     def close(self) -> None:
         """Free the KV cache."""
         self.cache = None

@@ -14,6 +14,7 @@ from rrvideo.tokens import Prefix
 __all__ = ["Evidence", "Gaze", "intervals"]
 
 MOST = 3  # intervals of one answer
+QUERIES = 16  # whose attention is in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,33 +31,53 @@ class Evidence:
 
 
 class Gaze:
-    """How much attention each temporal step gets while an answer is written.
+    """How much the attention to each temporal step stands out while a question is read and its answer is written.
 
-    An observer for `rrattention.transformers.observe`. The last query of a pass is the one that predicts the next word
-    of the answer. Only its attention is looked at, so a pass costs one row of scores, however long the question is.
+    An observer for `rrattention.transformers.observe`: of a first pass whose last `asked` tokens are the question, and
+    of the passes of the answer's tokens. What one of them gives to a step counts as far as it is more than the question
+    gives on average, head by head. Only the first half of the model's `layers` is looked at: in the embedded model
+    words meet there what they name; later layers look at other things, too.
     """
 
-    def __init__(self, prefix: Prefix) -> None:
+    def __init__(self, prefix: Prefix, *, asked: int, layers: int) -> None:
         self._visual = prefix.visual.nonzero().view(len(prefix.times), -1)  # [steps, tokens]: where they stand
-        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._asked = asked
+        self._layers = (layers + 1) // 2
+        # Of each layer, the mass of [H, steps]: the question's average, and the greatest of all tokens.
+        self._usual: dict[int, torch.Tensor] = {}
+        self._greatest: dict[int, torch.Tensor] = {}
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Take query `[1, H, Lq, D]` and key `[1, K, Lk, D]`, whose first keys are the prefix's."""
-        if key.device not in self._on_device:  # a model may be spread over several
-            visual = self._visual.to(key.device)
-            self._on_device[key.device] = visual, torch.zeros(len(visual), device=key.device)
-        visual, total = self._on_device[key.device]
-        last = (query[0, :, -1] * scaling).unflatten(0, (key.shape[1], -1))  # [K, G, D]
-        share = (last @ key[0].mT).softmax(dim=-1, dtype=torch.float32).flatten(0, 1)  # [H, Lk]
-        mass = share[:, visual].sum(dim=-1)  # [H, steps]
-        # What a head gives to every step alike says nothing of the question.
-        total += (mass - mass.median(dim=1, keepdim=True).values).clamp(min=0).sum(dim=0)
+        if layer >= self._layers:
+            return
+        rows = query.shape[2]
+        if layer in self._usual:
+            mass = self._mass(query, key, scaling, rows - 1, rows)
+            self._greatest[layer] = torch.maximum(self._greatest[layer], mass[:, 0])
+        else:
+            parts = range(max(0, rows - self._asked), rows, QUERIES)
+            mass = torch.cat([self._mass(query, key, scaling, at, min(at + QUERIES, rows)) for at in parts], dim=1)
+            self._usual[layer], self._greatest[layer] = mass.mean(dim=1), mass.amax(dim=1)
+
+    def _mass(self, query: torch.Tensor, key: torch.Tensor, scaling: float, start: int, stop: int) -> torch.Tensor:
+        """What each of the queries from row `start` to `stop` gives to each step, `[H, queries, steps]`."""
+        visual, count = self._visual.to(key.device), stop - start
+        seen = key.shape[2] - query.shape[2] + stop
+        queries = (query[0, :, start:stop] * scaling).unflatten(0, (key.shape[1], -1))  # [K, G, queries, D]
+        later = torch.ones(count, count, dtype=torch.bool, device=key.device).triu(1)
+        masses = []
+        for own, keys in zip(queries, key[0, :, :seen], strict=True):  # one key head at a time: rows are long
+            scores = (own @ keys.mT).float()  # [G, queries, seen]
+            scores[..., seen - count :].masked_fill_(later, -torch.inf)
+            masses.append(scores.softmax(dim=-1)[..., visual].sum(dim=-1))
+        return torch.cat(masses)
 
     def weights(self) -> list[float]:
         """Each temporal step's share of the attention that stands out; all alike if none does. Sums to one."""
         total = torch.zeros(len(self._visual))
-        for _, mass in self._on_device.values():
-            total += mass.cpu()
+        for layer, usual in self._usual.items():
+            total += (self._greatest[layer] - usual).clamp(min=0).sum(dim=0).cpu()
         if not total.sum() > 0:
             total += 1
         return (total / total.sum()).tolist()

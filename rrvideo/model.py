@@ -10,7 +10,9 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,6 +121,15 @@ class Checkpoint:
             embeddings = F.pad(embeddings, (0, features.shape[-1] - embeddings.shape[-1]))  # nothing is added to text
             embeddings[visual] = features
         return embeddings
+
+    def attending(self, attention: Literal["rr", "full"], config: RRConfig | None = None) -> Checkpoint:
+        """Return this checkpoint with other settings of attention: another model around the same weights."""
+        from rrattention.transformers import enable
+
+        weights = chain(self.model.parameters(), self.model.buffers())
+        model = deepcopy(self.model, {id(tensor): tensor for tensor in weights})
+        enable(model, config, attention=attention)
+        return replace(self, model=model)
 
     def new_cache(self) -> Cache:
         """An empty KV cache for `forward`."""

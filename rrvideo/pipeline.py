@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -62,7 +62,8 @@ class Answer:
     """An answer, and the moments of the video that it rests on, the most telling one first.
 
     `density` is the share of the causally visible blocks that the video's prefill attended to, over layers and heads:
-    1.0 with full attention, and for videos so short that attention was dense.
+    1.0 with full attention, and for videos so short that attention was dense. `attention` is what the evidence was
+    found in: when each temporal step of the video begins, in seconds, and its share of the attention that stands out.
     """
 
     text: str
@@ -70,10 +71,13 @@ class Answer:
     timings: Timings
     density: float
     usage: Usage
+    attention: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON takes them."""
-        return asdict(self)
+        """The fields, as JSON takes them, but for `attention`: it has a row for each step."""
+        fields = asdict(self)
+        del fields["attention"]
+        return fields
 
 
 class AnswerStream(Iterator[str]):
@@ -122,6 +126,16 @@ class Video:
     def info(self) -> VideoInfo:
         """What the file holds."""
         return self.plan.info
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long decode, encode and prefill were at work while the video was watched; they ran side by side."""
+        return dict(self._watched.seconds)
+
+    @property
+    def density(self) -> float:
+        """That of the prefill; see `Answer`."""
+        return self._watched.density
 
     @overload
     def ask(self, question: str, *, max_new_tokens: int = ..., cancel: engine.Cancel | None = ...) -> Answer: ...
@@ -204,7 +218,8 @@ class Video:
         watched, start = self._watched, time.perf_counter()
         tokenizer = watched.checkpoint.tokenizer
         ids = watched.checkpoint.question(watched.prefix, turns)
-        gaze = Gaze(watched.prefix)
+        asked = watched.checkpoint.question(watched.prefix, turns[-1:])  # without what was said before
+        gaze = Gaze(watched.prefix, asked=len(asked), layers=watched.layers)
         tokens: list[int] = []
         text = written = ""
         generated = watched.generate(ids, max_new_tokens=max_new_tokens, observer=gaze, cancel=cancel)
@@ -217,9 +232,10 @@ class Video:
                     written = text
         if text != written:
             yield text[len(written) :]
+        weights, times = gaze.weights(), watched.prefix.times
         return Answer(
             text=text,
-            evidence=intervals(gaze.weights(), watched.prefix.times, self.plan.end),
+            evidence=intervals(weights, times, self.plan.end),
             timings=Timings(**watched.seconds, generate=time.perf_counter() - start),
             density=watched.density,
             usage=Usage(
@@ -228,6 +244,7 @@ class Video:
                 prompt_tokens=len(watched.prefix) + len(ids),
                 answer_tokens=len(tokens),
             ),
+            attention=tuple(zip(times, weights, strict=True)),
         )
 
 
@@ -286,6 +303,13 @@ class VideoQA:
         """
         source = EMBEDDED.get(str(model), model)
         return cls(load(source, attention=attention, config=config, device=device, dtype=dtype, device_map=device_map))
+
+    def attending(self, attention: Literal["rr", "full"], config: RRConfig | None = None) -> VideoQA:
+        """The same model with other settings of attention, as in `load`: it shares the weights, and so costs nothing.
+
+        Both may be used side by side. What one has watched is not the other's.
+        """
+        return VideoQA(self.checkpoint.attending(attention, config))
 
     def watch(
         self,

@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="2b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072], help="visual tokens, about")
     parser.add_argument("--tau", type=float, nargs="+", default=[0.95, 0.3])
+    parser.add_argument("--chunk", type=int, help="tokens that are prefilled at a time (default: the engine's choice)")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--device", type=torch.device, default=default_device())
@@ -66,6 +67,7 @@ def time_watching(checkpoint: Any, tokens: int, arguments: argparse.Namespace) -
     from rrvideo import engine
 
     stream = Frames(tokens)
+    engine.CHUNK_TOKENS = arguments.chunk or engine.CHUNK_TOKENS
     ways: list[tuple[Any, RRConfig]] = [("full", RRConfig()), *(("rr", RRConfig(tau=tau)) for tau in arguments.tau)]
     runs: list[list[dict[str, Any]]] = [[] for _ in ways]
     for _ in range(1 + arguments.repeats):  # the first compiles

@@ -2,7 +2,8 @@
 
 Each video is drawn from a seed that training never uses, encoded as H.264, and goes through the whole pipeline: file,
 sampling, tokens, prefill, greedy decoding. An answer counts when it is exact; a time, when it lies within one temporal
-step (two sampled frames) of the moment.
+step (two sampled frames) of the moment. The evidence for an answer about one of several scenes counts when its
+strongest interval meets that scene.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from random import Random
 
 from rrvideo.pipeline import EMBEDDED, VideoQA
 
-from .world import CHOICE_KINDS, KINDS, MAX_SCENES, Question, draw_world, multiple_choice, questions, write_video
+from .world import (
+    CHOICE_KINDS,
+    KINDS,
+    MAX_SCENES,
+    Question,
+    draw_world,
+    multiple_choice,
+    questions,
+    scene_of,
+    write_video,
+)
 
 CARD = EMBEDDED["tiny"] / "README.md"
 
@@ -93,6 +104,12 @@ def measure(qa: VideoQA, clips: Iterable[Clip], group: str, cache: Path) -> Iter
                     answer = video.ask(form.text)
                     right = is_right(form, answer.text, step)
                     yield Result(group, name, form.text, form.answer, answer.text, right, answer.density)
+                    scene = scene_of(question, world)
+                    if form is question and scene and len(world.scenes) > 1:
+                        seen = answer.evidence[0]
+                        where = f"{seen.start:.1f}-{seen.end:.1f}", f"{scene.start:.1f}-{scene.end:.1f}"
+                        meets = seen.start < scene.end and scene.start < seen.end
+                        yield Result(group, "evidence", form.text, where[1], where[0], meets, answer.density)
 
 
 def is_right(question: Question, answer: str, step: float) -> bool:
@@ -116,18 +133,18 @@ def _seconds(text: str) -> int | None:
 def table(results: list[Result]) -> str:
     """Right answers by kind and group, as Markdown."""
     groups = list(dict.fromkeys(result.group for result in results))
-    kinds = [*(kind for kind in KINDS), "choice"]
     scores: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for result in results:
         scores[result.kind, result.group].append(result.right)
-        scores["open, all kinds" if result.kind != "choice" else "multiple choice", result.group].append(result.right)
-    rows = ["open, all kinds", "multiple choice", *kinds[:-1]]
+        if result.kind in KINDS:
+            scores["open, all kinds", result.group].append(result.right)
+    rows = ["open, all kinds", "choice", *KINDS, "evidence"]
+    named = {"choice": "multiple choice", "evidence": "evidence meets the scene"}
     lines = ["| | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
     for row in rows:
         cells = [scores[row, group] for group in groups]
-        lines.append(
-            f"| {row} | " + " | ".join(f"{sum(c)}/{len(c)} = {sum(c) / max(1, len(c)):.0%}" for c in cells) + " |"
-        )
+        shown = " | ".join(f"{sum(cell)}/{len(cell)} = {sum(cell) / max(1, len(cell)):.0%}" for cell in cells)
+        lines.append(f"| {named.get(row, row)} | {shown} |")
     density = [
         [result.density for result in results if result.group == group and result.density == result.density]
         for group in groups

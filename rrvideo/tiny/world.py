@@ -31,6 +31,7 @@ __all__ = [
     "parameters",
     "questions",
     "render",
+    "scene_of",
     "write_video",
 ]
 
@@ -272,6 +273,16 @@ CHOICE_KINDS = tuple(kind for kind in KINDS if kind not in {"presence", "describ
 def questions(world: World, rng: Random, times: Sequence[float], kinds: Sequence[str] = tuple(KINDS)) -> list[Question]:
     """Every question of the given kinds that has exactly one answer, given the sampled frames' `times` (seconds)."""
     return [Question(kind, text, answer) for kind in kinds for text, answer in KINDS[kind](world, rng, times)]
+
+
+def scene_of(question: Question, world: World) -> Scene | None:
+    """The scene that a question is about, or None where it is about several, or none."""
+    if question.kind in {"first", "last"}:
+        return world.scenes[0 if question.kind == "first" else -1]
+    if question.kind not in {"colour", "shape", "background", "direction", "when"}:
+        return None
+    words = question.text.rstrip("?").split()
+    return max(world.scenes, key=lambda scene: (scene.colour in words) + (scene.shape in words))
 
 
 def multiple_choice(question: Question, world: World, rng: Random, times: Sequence[float]) -> Question:
