@@ -1,0 +1,80 @@
+"""The endpoints for programs: `watch` a video, then `ask` about it, in the session that gradio_client keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+
+from rrdemo.conversation import Done, Note, Phase, Piece, Queued, Settings, Watched
+from rrdemo.handlers import Handlers, read_settings
+from rrvideo.errors import RRVideoError
+
+__all__ = ["Endpoints"]
+
+Document = dict[str, Any]  # as JSON takes it
+
+
+class Endpoints:
+    """What programs may call; parameters are named as on the command line."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self.handlers = handlers
+
+    def watch(
+        self,
+        request: gr.Request,
+        video: str,
+        start: str,
+        end: str,
+        fps: float,
+        max_frames: float,
+        sampling: str,
+        attention: str,
+        tau: float,
+    ) -> Iterator[Document]:
+        """Watch an uploaded video; what comes last says what was seen of it, and what that took."""
+        session = self.handlers.session(request)
+        with _told():
+            if not video:
+                raise RRVideoError("no video was given", 'pass video=handle_file("match.mp4")')
+            settings = read_settings(start, end, fps, max_frames, sampling, attention, tau)
+            file = session.open_file(video)
+            notes = [*file.warnings]
+            for event in session.watch(settings):
+                match event:
+                    case Queued(position):
+                        yield {"state": "waiting", "position": position}
+                    case Phase(name, done, total):
+                        yield {"state": "watching", "phase": name, "done": done, "total": total}
+                    case Note(text):
+                        notes.append(text)
+                    case Watched(plan, seconds, density):
+                        seen = {"file": file.to_dict(), "plan": plan.to_dict(), "seconds": seconds, "density": density}
+                        yield {"state": "watched", **seen, "notes": notes}
+
+    def ask(self, request: gr.Request, question: str) -> Iterator[Document]:
+        """Answer a question about the video that was watched; first comes what there is of it, last all."""
+        session = self.handlers.session(request)
+        answer, notes = "", []
+        with _told():
+            for event in session.ask(question, session.settings or Settings()):
+                match event:
+                    case Piece(text):
+                        answer += text
+                        yield {"state": "answering", "answer": answer}
+                    case Note(text):
+                        notes.append(text)
+                    case Done(turn):
+                        yield {"state": "done", **turn.to_dict(), "notes": notes}
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Known failures in the words that a client gets to read."""
+    try:
+        yield
+    except RRVideoError as error:
+        raise gr.Error(str(error)) from error

@@ -1,0 +1,361 @@
+"""One person's chat: an open file, what was watched of it, and what was said; no Gradio in sight."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from rrdemo import export, guard
+from rrdemo.conversation import Done, Event, FileView, Note, Piece, PlanView, Queued, Settings, Stopped, Turn, Watched
+from rrdemo.studio import Studio
+from rrdemo.thumbnails import strongest
+from rrvideo.errors import BudgetError, Cancelled, RRVideoError
+from rrvideo.frameindex import FrameIndex, scan
+from rrvideo.stages import Cancel
+
+if TYPE_CHECKING:
+    from rrvideo.pipeline import Answer, Video
+    from rrvideo.video import SamplePlan
+
+__all__ = ["Session"]
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".gif")
+
+Tell = Callable[[Event], None]
+Work = Callable[[Cancel, Tell], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """The session's own copy of a file, in a folder that goes with it, and where its frames are."""
+
+    folder: TemporaryDirectory[str]
+    view: FileView
+    index: FrameIndex
+
+
+class Session:
+    """What one browser tab works with; nothing in it is shared with another.
+
+    All methods may be called from any thread. `watch`, `ask`, `regenerate` and `edit` return generators of what
+    happens: the work runs in a thread of its own, which `stop`, closing the generator or `close` ends within a chunk or
+    a token. Only one of them runs at a time; while one does, others raise `RRVideoError`, and after a `stop` they wait
+    the moment until it has ended. What goes wrong is raised as `RRVideoError`, in words for the person who asked; then
+    no turn is added.
+    """
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self.id = secrets.token_urlsafe()
+        self.turns: list[Turn] = []
+        self.settings: Settings | None = None  # the last that something was watched or asked with
+        self._file: _File | None = None
+        self._prefills: dict[Settings, tuple[float, float]] = {}  # seconds and density, by what was watched
+        self._notes: deque[str] = deque()  # what other threads have to say
+        self._working = threading.Lock()  # held by whoever works, or changes what is worked on
+        self._cancel = Cancel()
+        self._closed = False
+
+    @property
+    def file(self) -> FileView | None:
+        """The file that is open."""
+        return self._file.view if self._file else None
+
+    def open_file(self, path: str | Path, *, name: str | None = None) -> FileView:
+        """Check the file at `path`, make it the session's own, and forget the one before with all that was said.
+
+        `name` is what its owner calls it (default: that of `path`). Raises `RRVideoError` that says why it is refused;
+        then all stays as it was.
+        """
+        path = Path(path)
+        name = name or path.name
+        suffix = path.suffix.lower()
+        folder = TemporaryDirectory(prefix="rrdemo-", ignore_cleanup_errors=True)  # that only this user may enter
+        try:
+            own = Path(folder.name) / f"video{suffix if suffix in SUFFIXES else ''}"
+            _link_or_copy(path, own)
+            with self.studio.checking:
+                info = guard.check(own, self.studio.limits, name=name)
+            index = scan(own)
+        except BaseException:
+            folder.cleanup()
+            raise
+        view = FileView(
+            name=name,
+            path=str(own),
+            bytes=own.stat().st_size,
+            duration=info.duration,
+            width=info.width,
+            height=info.height,
+            fps=info.fps,
+            frames=info.frame_count,
+            codec=info.codec,
+            container=info.container,
+            warnings=info.warnings,
+        )
+        with self._at_rest():
+            self._forget_file()
+            self._file = _File(folder, view, index)
+        return view
+
+    def plan(self, settings: Settings) -> PlanView:
+        """Say what watching with `settings` would take; nothing is decoded."""
+        chosen, need = self.studio.plan(self._index(), settings)
+        memory = need.kv_bytes + need.activation_bytes
+        return PlanView(
+            frames=need.frames,
+            wanted_frames=need.wanted_frames,
+            interval=_interval(chosen),
+            width=need.width,
+            height=need.height,
+            tokens=need.prompt_tokens,
+            visual_tokens=need.visual_tokens,
+            kv_bytes=need.kv_bytes,
+            memory_bytes=memory,
+            fits=memory <= self.studio.memory,
+            watched=self.studio.is_open(self.id, settings),
+            start=chosen.start,
+            end=chosen.end,
+            times=chosen.times,
+            warnings=chosen.warnings,
+        )
+
+    def watch(self, settings: Settings) -> Generator[Event]:
+        """Watch the video, if that has not been done with these settings: Queued, Phase, Note; Watched or Stopped."""
+
+        def work(cancel: Cancel, tell: Tell) -> None:
+            try:
+                with self._video(settings, cancel, tell) as video:
+                    tell(Watched(self.plan(settings), video.seconds, video.density))
+            except Cancelled:
+                tell(Stopped(None))
+
+        return self._events(work)
+
+    def ask(self, question: str, settings: Settings) -> Generator[Event]:
+        """Answer a question, after a `watch` where there was none: its events, Piece; last of all Done or Stopped."""
+        return self._events(lambda cancel, tell: self._ask(self.turns, question, settings, cancel, tell))
+
+    def regenerate(self, settings: Settings | None = None) -> Generator[Event]:
+        """Ask the last question again, with its own settings or others; its turn is replaced."""
+        return self.edit(len(self.turns) - 1, None, settings)
+
+    def edit(self, index: int, text: str | None, settings: Settings | None = None) -> Generator[Event]:
+        """Ask `text` in place of the question of turn `index`; that turn and those after it are forgotten.
+
+        Without a text the question stays as it is. Nothing is forgotten before the new answer is there, or stopped.
+        """
+
+        def work(cancel: Cancel, tell: Tell) -> None:
+            if not 0 <= index < len(self.turns):
+                raise RRVideoError("there is no such question in this chat")
+            turn = self.turns[index]
+            question = turn.question if text is None else text
+            self._ask(self.turns[:index], question, settings or turn.settings, cancel, tell)
+
+        return self._events(work)
+
+    def undo(self) -> Turn | None:
+        """Take the last turn back, after a `stop` if it is still being written, and return it."""
+        with self._at_rest():
+            last, self.turns = (self.turns[-1] if self.turns else None), self.turns[:-1]
+            return last
+
+    def stop(self) -> None:
+        """End the work that runs, if any: within a chunk of the watch or a token of the answer."""
+        self._cancel.cancel()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the session's worker is at work, or waits in the queue."""
+        return self._working.locked()
+
+    def notes(self) -> list[str]:
+        """What has happened meanwhile that the person should know, each told once: here, or as Note of the next ask."""
+        return [self._notes.popleft() for _ in range(len(self._notes))]
+
+    def thumbnails(self, turn: Turn, count: int = 4, height: int = 90) -> list[tuple[float, bytes]]:
+        """The moments of `turn` that the model looked at most, in order of time: seconds, and a JPEG picture."""
+        return strongest(self._index(), turn.attention, count=count, height=height)
+
+    def export_markdown(self) -> str:
+        """The conversation as Markdown, with times and settings."""
+        return export.markdown(self.file, self.studio.model, self.turns)
+
+    def export_json(self) -> str:
+        """The conversation as JSON, with times and settings."""
+        return export.as_json(self.file, self.studio.model, self.turns)
+
+    def command(self) -> str:
+        """The `rrvideo ask` command that asks the same of the same file, for a shell; empty before a question."""
+        return export.command(self.file, self.studio.model, self.turns)
+
+    def clear(self) -> None:
+        """Begin a new conversation about the same video."""
+        with self._at_rest():
+            self.turns = []
+
+    def close(self) -> None:
+        """Stop, free all memory and delete the session's files, as soon as the work has ended; twice does no harm."""
+        self._closed = True
+        self.stop()
+        self._clean_up_if_closed()
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Nothing works inside the `with`: what runs is stopped."""
+        self.stop()
+        with self._working:
+            yield
+        self._clean_up_if_closed()
+
+    def _clean_up_if_closed(self) -> None:
+        """Called by `close` and after all work, so that the later of the two finds nobody at work."""
+        if self._closed and self._working.acquire(blocking=False):
+            try:
+                self._forget_file()
+            finally:
+                self._working.release()
+
+    def _index(self) -> FrameIndex:
+        if self._file is None:
+            raise RRVideoError("no video is open", "choose a file or an example first")
+        return self._file.index
+
+    def _forget_file(self) -> None:
+        self.studio.release(self.id)
+        if self._file is not None:
+            self._file.folder.cleanup()
+        self._file, self.turns, self._prefills, self.settings = None, [], {}, None
+        self._notes.clear()
+
+    def _events(self, work: Work) -> Generator[Event]:
+        """Run `work` in a thread of its own, and yield what it tells; a reader that leaves stops it."""
+        if not self._working.acquire(blocking=self._cancel.cancelled):
+            raise RRVideoError("the last question is still being answered", "wait until it is done, or stop it")
+        cancel = self._cancel = Cancel()
+        events: SimpleQueue[Event | BaseException | None] = SimpleQueue()
+
+        def run() -> None:
+            failure: BaseException | None = None
+            try:
+                for note in self.notes():
+                    events.put(Note(note))
+                work(cancel, events.put)
+            except BaseException as error:  # every failure is the reader's to know
+                failure = error
+            finally:
+                self._working.release()
+                self._clean_up_if_closed()
+                events.put(failure)  # last of all: who has read to the end may ask again
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            cancel.cancel()
+
+    def _ask(self, before: list[Turn], question: str, settings: Settings, cancel: Cancel, tell: Tell) -> None:
+        """Answer `question` after the turns `before`, which it follows in the chat from then on."""
+        if not question.strip():
+            raise RRVideoError("a question must not be empty")
+        if len(question) > (most := self.studio.limits.characters):
+            raise RRVideoError(f"a question may have up to {most:,} characters, and this has {len(question):,}")
+        self._index()
+        pieces: list[str] = []
+
+        def say(event: Event) -> None:
+            if isinstance(event, Piece):
+                pieces.append(event.text)
+            tell(event)
+
+        try:
+            with (
+                self._video(settings, cancel, tell) as video,
+                self.studio.answering.turn(cancel, lambda ahead: tell(Queued(ahead))),
+            ):
+                answer = self._answer(video, before, question, cancel, say)
+                interval = _interval(video.plan)
+        except Cancelled:
+            stopped = Turn(question, "".join(pieces), settings, stopped=True)
+            self.turns = [*before, stopped]
+            tell(Stopped(stopped))
+            return
+        turn = Turn(
+            question=question,
+            answer=answer.text,
+            settings=settings,
+            evidence=tuple(answer.evidence),
+            attention=answer.attention,
+            timings=answer.timings,
+            density=answer.density,
+            usage=answer.usage,
+            interval=interval,
+        )
+        turns = [*before, turn]
+        self.turns = [replace(each, speed_up=self._speed_up(each)) for each in turns]
+        tell(Done(self.turns[-1]))
+
+    @contextmanager
+    def _video(self, settings: Settings, cancel: Cancel, tell: Tell) -> Iterator[Video]:
+        index = self._index()
+        self.settings = settings
+        with self.studio.video(self.id, index, settings, cancel=cancel, tell=tell, remark=self._notes.append) as video:
+            self._prefills[settings.watched] = video.seconds["prefill"], video.density
+            yield video
+
+    def _answer(self, video: Video, before: list[Turn], question: str, cancel: Cancel, tell: Tell) -> Answer:
+        """Answer piece by piece; where the context has no room for all that was said before, the oldest goes first."""
+        said = [turn for turn in before if not turn.stopped] if self.studio.history else []
+        forgotten = 0
+        while True:
+            chat = video.chat()
+            chat.turns = [text for turn in said[forgotten:] for text in (turn.question, turn.answer)]
+            stream = chat.stream(question, max_new_tokens=self.studio.limits.answer_tokens, cancel=cancel)
+            try:
+                for piece in stream:
+                    tell(Piece(piece))
+                return stream.finish()
+            except BudgetError:  # raised before the first piece
+                if forgotten == len(said):
+                    raise
+                forgotten += 1
+                tell(Note(f"the chat is longer than the model's context: it remembers all but the first {forgotten}"))
+
+    def _speed_up(self, turn: Turn) -> float | None:
+        """How many times as long the other kind of attention took for the same frames, if it has watched them."""
+        mine, others = turn.settings, list[float]()
+        for settings, (seconds, density) in self._prefills.items():
+            # Where nothing was left out both did the same work, and a ratio would be chance.
+            if settings.sampled == mine.sampled and settings.attention != mine.attention and density != turn.density:
+                others.append(seconds)
+        return others[-1] / turn.timings.prefill if others and turn.timings else None
+
+
+def _interval(plan: SamplePlan) -> float:
+    """The longest time between two frames, in seconds: keyframes stand at uneven distances."""
+    return max((after - before for before, after in pairwise(plan.times)), default=plan.end - plan.start)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a file of its own with what is in `source`, at no cost where the file system allows."""
+    if not source.is_file():
+        raise RRVideoError("the upload did not arrive", "choose the file again")
+    try:
+        os.link(source, target)
+    except OSError:  # on another disk, or of another user
+        shutil.copyfile(source, target)
