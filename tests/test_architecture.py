@@ -57,7 +57,10 @@ def test_folders_of_packages_are_no_packages_themselves(folder):
     ).exists()  # transformers would take "kernels" for the package of that name
 
 
-@pytest.mark.parametrize("module", ["rrvideo", "rrvideo.cli", "rrvideo.video", "rrvideo.doctor"])
+@pytest.mark.parametrize(
+    "module",
+    ["rrvideo", "rrvideo.cli", "rrvideo.video", "rrvideo.doctor", "rreval.cli", "rrdemo.session", "rrdemo.cli"],
+)
 def test_importing_is_light(module):
     script = f"import sys, {module}; print(*sorted(set({HEAVY!r}) & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

@@ -57,7 +57,8 @@ HOSTILE = (
     "<script>alert(1)</script> <img src=x onerror=alert(1)>",
     "[a link](http://a.example) ![a picture](http://b.example/c.png) <http://d.example>",
     "*bold* __too__ ~~not~~ `code` $$x^2$$ | a | table | &lt; &amp; \\* \\\\",
-    "# heading\n- list\n+ list\n=====\n1. one\n12) twelve\n    indented\n\ttoo\n```\nfence\n```",
+    "# heading\n- list\n+ list\n=====\n1. one\n1234) many\n    indented\n\ttoo\n```\nfence\n```",
+    "1.",
     "http://a.example www.b.example c@d.example it's 3*4*5 and a_b_c",
 )
 

@@ -84,7 +84,7 @@ def test_markdown_says_all_and_makes_nothing_of_what_people_and_models_write():
         "density 0.40",
     ):
         assert words in read
-    assert "one every 2 s; 1,000 tokens. decode 1.0 s, encode 2.0 s, prefill 3.0 s, answer 0.5 s" in read
+    assert "at most 2 s apart; 1,000 tokens. decode 1.0 s, encode 2.0 s, prefill 3.0 s, answer 0.5 s" in read
     assert "full attention took 1.50 times as long" in read
     assert FILE.path not in text
 

@@ -91,7 +91,7 @@ def _statistics(turn: Turn) -> str:
     )
     if turn.usage and turn.timings:
         usage, seconds = turn.usage, turn.timings
-        told.append(f"{usage.frames} frames, one every {turn.interval:.3g} s; {usage.prompt_tokens:,} tokens")
+        told.append(f"{usage.frames} frames, at most {turn.interval:.3g} s apart; {usage.prompt_tokens:,} tokens")
         told.append(
             f"decode {seconds.decode:.1f} s, encode {seconds.encode:.1f} s, prefill {seconds.prefill:.1f} s, "
             f"answer {seconds.generate:.1f} s"

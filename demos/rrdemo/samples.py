@@ -69,7 +69,7 @@ def samples() -> list[Sample]:
     return [
         Sample("sample", "A minute in five scenes", _questions(sample_world()), sample_world(), 320, 240, 15),
         Sample("upright.mp4", "Twenty-four seconds, held upright", _questions(upright), upright, 240, 320, 12),
-        Sample("ten-minutes.mp4", "Ten minutes: RRAttention pays off", _questions(long), long, 192, 144, 2),
+        Sample("ten-minutes.mp4", "Ten minutes, long enough for RRAttention", _questions(long), long, 192, 144, 2),
     ]
 
 

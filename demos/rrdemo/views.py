@@ -16,7 +16,7 @@ __all__ = ["escape_markdown", "link_times", "messages", "moments", "notice", "pl
 Message = dict[str, Any]
 
 # Whatever gives Markdown, or Gradio's reader of it, something else to show than the text itself.
-MARKS = re.compile(r"(?m)[\\`*_\[\]<>|&~$@]|^[#+=-]|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)|(?<=:)//|(?<=www)\.")
+MARKS = re.compile(r"(?m)[\\`*_\[\]<>|&~$@]|^[#+=-]|(?<=\d)[.)](?!\S)|(?<=:)//|(?<=www)\.")
 INDENT = re.compile(r"(?m)^[ \t]+")  # which would make code of what follows
 MODES = {"rr": "RRAttention", "full": "full attention"}
 PHASES = {"decode": "Decode", "encode": "Encode", "prefill": "Prefill"}
@@ -131,7 +131,7 @@ def plan(view: PlanView) -> str:
     """What watching would take, in two lines, and what is to be known beforehand."""
     cut = view.wanted_frames - view.frames
     lines = [
-        f"<strong>{view.frames:,} frames</strong>, at most {view.interval:.3g} s apart, of {view.width} × {view.height}",
+        f"<strong>{view.frames:,} frames</strong> of {view.width} × {view.height}, at most {view.interval:.3g} s apart",
         f"{view.tokens:,} tokens · {_bytes(view.memory_bytes)} to watch, {_bytes(view.kv_bytes)} to keep",
     ]
     if view.watched:
