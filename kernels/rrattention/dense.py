@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 FLASH_HEAD_DIM = 256  # up to which PyTorch's flash attention goes
@@ -27,6 +26,8 @@ def dense_attention(
         )
     flash = query.is_cuda and query.dtype.itemsize == 2 and query.shape[3] == value.shape[3] <= FLASH_HEAD_DIM
     if kv_start is None and flash:
+        from torch.nn.attention.bias import causal_lower_right  # imports Triton, which not everybody needs
+
         bias = causal_lower_right(query_length, key_length)  # for flash attention this is no mask but a rule
         return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=group > 1)
 
