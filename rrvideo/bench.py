@@ -1,9 +1,9 @@
-"""Benchmarks on this machine: `rrvideo bench sampling`, `ask`, `prefill` or `quality`.
+"""Benchmarks on this machine: `rrvideo bench sampling`, `ask`, `engine`, `prefill` or `quality`.
 
 `sampling` takes 256 frames from a 720p H.264 file in every way there is; `ask` answers a question about the embedded
 sample from a cold start. Each run is a process of its own, so that its time and its peak memory are its own too.
-`prefill` (speed) and `quality` (error against density) are RRAttention's own benchmarks, in kernels/benchmarks. The
-last line that is printed is one JSON document.
+`engine` is what a watch costs; see `rrvideo.bench_engine`. `prefill` (speed) and `quality` (error against density) are
+RRAttention's own benchmarks, in kernels/benchmarks. The last line that is printed is one JSON document.
 """
 
 # ruff: noqa: T201 (a benchmark prints)
@@ -54,12 +54,20 @@ def main() -> None:
     sampling.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "rrvideo-bench")
     ask = commands.add_parser("ask", help="seconds from the command to the embedded model's answer")
     ask.add_argument("--repeats", type=int, default=5)
-    for name, about in (("prefill", "speed of RRAttention's kernels"), ("quality", "its error against its density")):
+    for name, about in (
+        ("engine", "seconds and memory of watching a video"),
+        ("prefill", "speed of RRAttention's kernels"),
+        ("quality", "its error against its density"),
+    ):
         commands.add_parser(name, help=f"{about}; --help tells its options", add_help=False)
     once = commands.add_parser("run-once", help="one run of a benchmark, in a process of its own")
     once.add_argument("way", choices=WAYS)
     once.add_argument("path", type=Path)
     arguments, rest = parser.parse_known_args()
+    if arguments.command == "engine":
+        from rrvideo.bench_engine import main as bench_engine
+
+        sys.exit(bench_engine(rest))
     if arguments.command in ("prefill", "quality"):
         script = KERNELS / f"{arguments.command}.py"
         if not script.exists():
@@ -155,19 +163,25 @@ def _sample(path: Path, sampling: Literal["uniform", "keyframes"]) -> None:
 
 def _make_video(path: Path) -> None:
     """Write a file of the length that its name says: the packets of a short one, again and again, ever later."""
-    loop, unfinished = path.with_name("loop-720p.mp4"), path.with_name("unfinished.mp4")
+    loop = path.with_name("loop-720p.mp4")
     with av.open(str(loop), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast", "sc_threshold": "0"})
         stream.width, stream.height, stream.codec_context.gop_size = 1280, 720, GOP
         for image in _drifting_texture(LOOP * RATE):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+    repeat_packets(loop, path, seconds=LOOP, turns=int(path.name.split("-")[0]) * 60 // LOOP)
+
+
+def repeat_packets(loop: Path, path: Path, *, seconds: float, turns: int) -> None:
+    """Write the packets of `loop`, which lasts `seconds`, to `path` again and again, ever later."""
+    unfinished = path.with_name("unfinished.mp4")
     with av.open(str(unfinished), "w") as output:
         stream = None
-        for turn in range(int(path.name.split("-")[0]) * 60 // LOOP):
+        for turn in range(turns):
             with av.open(str(loop)) as source:
                 stream = stream or output.add_stream_from_template(source.streams.video[0])
-                later = turn * int(LOOP / source.streams.video[0].time_base)
+                later = turn * int(seconds / source.streams.video[0].time_base)
                 for packet in packets_of(source):
                     packet.stream, packet.pts, packet.dts = stream, packet.pts + later, packet.dts + later
                     output.mux(packet)

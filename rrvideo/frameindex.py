@@ -128,7 +128,9 @@ def scan(path: str | os.PathLike[str]) -> FrameIndex:
     width, height = upright.size(first.width, first.height)
     with open_video(path) as (container, stream):
         table, reached, warnings = _read_packets(container, stream)
-        stamps, decode_stamps, keys, shown, lengths = np.array(table, dtype=np.int64).reshape(-1, 5).T
+        # Copies, for a view of one column would keep all of them in memory.
+        columns = np.array(table, dtype=np.int64).reshape(-1, 5).T
+        stamps, decode_stamps, keys, shown, lengths = (column.copy() for column in columns)
         order, starts = _display_order(stamps, keys == 1, shown == 1)
         if not len(order):
             raise VideoError(f"no frame of {Path(path).name} is whole", "copy or download it again")
