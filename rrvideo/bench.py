@@ -1,9 +1,10 @@
-"""Benchmarks on this machine: `rrvideo bench sampling`, `ask`, `engine`, `prefill` or `quality`.
+"""Benchmarks on this machine: `rrvideo bench sampling`, `ask`, `engine`, `prefill`, `quality` or `watch`.
 
 `sampling` takes 256 frames from a 720p H.264 file in every way there is; `ask` answers a question about the embedded
 sample from a cold start. Each run is a process of its own, so that its time and its peak memory are its own too.
-`engine` is what a watch costs; see `rrvideo.bench_engine`. `prefill` (speed) and `quality` (error against density) are
-RRAttention's own benchmarks, in kernels/benchmarks. The last line that is printed is one JSON document.
+`engine` is what a watch costs; see `rrvideo.bench_engine`. `prefill` (speed), `quality` (error against density) and
+`watch` (a whole model) are RRAttention's own benchmarks, in kernels/benchmarks. The last line that is printed is one
+JSON document.
 """
 
 # ruff: noqa: T201 (a benchmark prints)
@@ -58,6 +59,7 @@ def main() -> None:
         ("engine", "seconds and memory of watching a video"),
         ("prefill", "speed of RRAttention's kernels"),
         ("quality", "its error against its density"),
+        ("watch", "a prefill of generated frames by a whole model with random weights"),
     ):
         commands.add_parser(name, help=f"{about}; --help tells its options", add_help=False)
     once = commands.add_parser("run-once", help="one run of a benchmark, in a process of its own")
@@ -68,7 +70,7 @@ def main() -> None:
         from rrvideo.bench_engine import main as bench_engine
 
         sys.exit(bench_engine(rest))
-    if arguments.command in ("prefill", "quality"):
+    if arguments.command in ("prefill", "quality", "watch"):
         script = KERNELS / f"{arguments.command}.py"
         if not script.exists():
             sys.exit(f"{script.name} comes with the repository and not with the package: run this from a checkout")

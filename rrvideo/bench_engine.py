@@ -1,0 +1,399 @@
+"""What a watch costs, measured on this machine: `rrvideo bench engine`.
+
+questions     the second question about a video, as a share of the first one with its watch
+memory        peak memory beyond weights and KV cache, for videos of two lengths and for smaller and larger chunks
+first-answer  the time to a first answer, against the longest of decode, encode and prefill run alone
+attention     RRAttention against full attention: whole watches, and whether the answers are the same
+
+The embedded model watches videos of its own world, which are drawn once and kept. Medians come with the lowest and the
+highest value of all turns; a goal that is missed is said; the last line is one JSON document.
+"""
+
+# ruff: noqa: T201 (a benchmark prints)
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from rrvideo import options
+from rrvideo.bench import repeat_packets
+from rrvideo.cli import SAMPLE
+from rrvideo.terminal import hush_transformers
+from rrvideo.video import Frame, SamplePlan, plan_samples, read_frames
+
+if TYPE_CHECKING:
+    import torch
+
+    from rrvideo import Video, VideoQA
+    from rrvideo.model import Checkpoint
+    from rrvideo.tiny.world import World
+
+QUESTION = "What appears first?"
+ASKED = 30  # questions that are answered with both kinds of attention
+TIMELESS = ("colour", "shape", "background", "direction", "first", "last", "after", "before", "count", "presence")
+LENGTHS = (6, 60)  # minutes, of the videos that are to take the same memory
+CHUNKS = (0.25, 0.5, 1.0, 2.0)  # times the engine's own chunks of frames and of tokens
+TOKENS = (8192, 16384, 32768)  # visual ones
+LOOP = 60  # seconds that are drawn of a video of which only the costs count; the file repeats them
+# The project's goals: at most so much, and a video for the third is one of which each stage has at least such a share.
+SECOND_QUESTION, SAME_MEMORY, FIRST_ANSWER, LEAST_STAGE = 0.05, 0.10, 1.15, 0.20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of some turns, and the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(*(round(value, 4) for value in (statistics.median(values), min(values), max(values))))
+
+    def __format__(self, form: str) -> str:
+        return f"{self.median:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts that `argv` asks for, by default all of them, and print what they find; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    import torch
+
+    hush_transformers(keep_downloads=False)
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    print(f"embedded model, {machine}, {threads} threads for an operation; median of {arguments.repeats}")
+    if arguments.scale != 1:
+        print(f"videos are {arguments.scale:g} times as long as they should be: these figures only try the benchmark")
+    parts: dict[str, dict[str, Any]] = {}
+    for name in arguments.part or PARTS:
+        print(f"\n{name}", flush=True)
+        parts[name] = PARTS[name](arguments)
+    missed = [name for name, found in parts.items() if found["met"] is False]
+    print(f"\ngoals missed: {', '.join(missed) or 'none'}")
+    summary = {"benchmark": "engine", "machine": machine, "threads": threads, "scale": arguments.scale}
+    line = json.dumps(summary | {"repeats": arguments.repeats, "missed": missed, "parts": parts}, default=asdict)
+    if arguments.json:
+        arguments.json.write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return 0
+
+
+def bench_questions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Watch ten minutes anew in each turn, and ask two of all the questions that can be asked about them."""
+    from rrvideo.tiny.world import questions
+
+    seconds = round(600 * arguments.scale)
+    world, path = _world(arguments.cache, seconds, width=160, height=120, fps=10)
+    qa, rng = _model(path), Random(0)
+    firsts, seconds_asked, tokens = [], [], []
+    for _ in range(arguments.repeats):
+        video, watching = _timed(partial(qa.watch, path))
+        first, second = rng.sample(questions(world, rng, video.plan.times), 2)
+        _, asking = _timed(partial(video.ask, first.text))
+        answer, asking_again = _timed(partial(video.ask, second.text))
+        firsts.append(watching + asking)
+        seconds_asked.append(asking_again)
+        tokens.append(answer.usage.answer_tokens)
+        video.close()
+    first_time, second_time = Spread.of(firsts), Spread.of(seconds_asked)
+    share = _ratio(seconds_asked, firsts)
+    print(f"{seconds} s of video, {answer.usage.frames} frames, {answer.usage.prompt_tokens} tokens")
+    print(f"watch and first question  {first_time:.2f} s")
+    print(f"second question           {second_time:.3f} s, {share:.1%} of it; {min(tokens)} to {max(tokens)} tokens")
+    return {
+        "frames": answer.usage.frames,
+        "prompt_tokens": answer.usage.prompt_tokens,
+        "answer_tokens": tokens,
+        "first_seconds": first_time,
+        "second_seconds": second_time,
+        "share": share,
+        "met": _meets("second over first", share.median, SECOND_QUESTION, ".1%"),
+    }
+
+
+def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Watch the same number of frames of a short and a long video, and with other chunks, each in its own process."""
+    import numpy as np
+
+    loop, frames = max(1, round(LOOP * arguments.scale)), max(8, round(720 * arguments.scale))
+    paths = {minutes: _repeated(arguments.cache, loop, minutes, width=320, height=240) for minutes in LENGTHS}
+    shortest = min(LENGTHS)
+    jobs = [*((minutes, 1.0) for minutes in LENGTHS), *((shortest, chunk) for chunk in CHUNKS if chunk != 1)]
+    peaks: dict[tuple[int, float], list[float]] = {job: [] for job in jobs}
+    for _ in range(arguments.repeats):
+        for (minutes, chunk), measured in peaks.items():
+            measured.append(_apart(_peak_of_watch, paths[minutes], frames, loop * minutes, chunk))
+    found = {job: Spread.of(measured) for job, measured in peaks.items()}
+    print(f"{frames} frames; MB beyond weights and KV cache")
+    for (minutes, chunk), peak in sorted(found.items()):
+        print(f"{minutes * loop:5} s of video, chunks of {chunk:4g} times the usual size  {peak:6.1f}")
+    # A turn in which no two stages were at their largest at once says too little: the highest turns are compared.
+    short, long = (found[minutes, 1.0].high for minutes in LENGTHS)
+    highest = [found[shortest, chunk].high for chunk in CHUNKS]
+    slope, constant = (float(number) for number in np.polyfit(CHUNKS, highest, 1))
+    off = max(abs(peak - constant - slope * chunk) for peak, chunk in zip(highest, CHUNKS, strict=True))
+    print(f"the highest are about {constant:.1f} MB and {slope:.1f} MB for the size of a chunk")
+    same = _meets("difference between the two lengths", abs(long / short - 1), SAME_MEMORY, ".1%")
+    linear = _meets("distance from that line, over the largest,", off / max(highest), SAME_MEMORY, ".1%")
+    return {
+        "frames": frames,
+        "rows": [{"seconds": job[0] * loop, "chunk": job[1], "mb": peak} for job, peak in sorted(found.items())],
+        "difference": round(long / short - 1, 4),
+        "constant_mb": round(constant, 2),
+        "chunk_mb": round(slope, 2),
+        "off_line": round(off / max(highest), 4),
+        "met": same and linear,
+    }
+
+
+def bench_first_answer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run each stage alone over all frames, all at once without waiting for one another, and a watch with an answer."""
+    from rrvideo import budget
+
+    loop = max(1, round(LOOP * arguments.scale))
+    path = _repeated(arguments.cache, loop, 6, width=416, height=312)
+    qa = _model(path)
+    sampling: dict[str, Any] = {"fps": 5.0, "max_frames": 30 * loop, "timestamps": False}
+    plan = budget.plan(qa.checkpoint, path, **sampling)
+    alone = _Alone(qa.checkpoint, plan)
+    stages: dict[str, Callable[[], object]] = {name: getattr(alone, name) for name in ("decode", "encode", "prefill")}
+    works = stages | {"at once": alone.at_once, "answer": lambda: qa.watch(path, **sampling).ask(QUESTION)}
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(arguments.repeats):
+        for name, run in works.items():
+            taken[name].append(_timed(run)[1])
+    times = {name: Spread.of(measured) for name, measured in taken.items()}
+    longest = [max(turn) for turn in zip(*(taken[name] for name in stages), strict=True)]
+    ratios = {name: _ratio(taken[name], longest) for name in ("at once", "answer")}
+    total = sum(times[name].median for name in stages)
+    least = min(times[name].median for name in stages) / total
+    print(f"{len(plan.indices)} frames of {plan.width}x{plan.height}, {len(alone.prefix)} tokens")
+    for name, spread in times.items():
+        share = f"{spread.median / total:.0%} of the three"
+        print(f"{name:8} {spread:.2f} s, {share if name in stages else f'{ratios[name]:.2f} times the longest'}")
+    met = _meets("answer over the longest stage", ratios["answer"].median, FIRST_ANSWER, ".2f")
+    if ratios["at once"].median > FIRST_ANSWER:
+        print("(out of reach on this machine: the stages at once, with nothing to wait for, take longer than that)")
+    if least < LEAST_STAGE:
+        print(f"(the goal is for videos of which each stage has {LEAST_STAGE:.0%}, and one has {least:.1%} here)")
+    return {
+        "frames": len(plan.indices),
+        "tokens": len(alone.prefix),
+        "seconds": times,
+        "over_longest": ratios,
+        "least_share": round(least, 4),
+        "met": met if least >= LEAST_STAGE else None,
+    }
+
+
+def bench_attention(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Watch one video at several numbers of tokens with both kinds of attention, by turns, and ask the same of both."""
+    from rrvideo.tiny.evaluate import is_right
+    from rrvideo.tiny.world import questions
+
+    world, path = _world(arguments.cache, math.ceil(1140 * arguments.scale), width=112, height=84, fps=5)
+    sparse = _model(path)
+    ways = {"rr": sparse, "full": sparse.attending("full")}
+    plan = plan_samples(path, max_frames=4, limits=sparse.checkpoint.limits)
+    frame_tokens = plan.width * plan.height / 28**2 / 2  # a token sees 28x28 pixels of two frames
+    rows = []
+    for tokens in TOKENS:
+        frames = 2 * math.ceil(tokens * arguments.scale / frame_tokens / 2)
+        sampling: dict[str, Any] = {"fps": 5.0, "max_frames": frames, "timestamps": False}
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        videos: dict[str, Video] = {}
+        for _ in range(arguments.repeats):
+            for way, qa in ways.items():
+                videos[way], seconds = _timed(partial(qa.watch, path, **sampling))
+                taken[way].append(seconds)
+        possible = questions(world, Random(0), videos["rr"].plan.times, TIMELESS)
+        asked = Random(0).sample(possible, min(ASKED, len(possible)))
+        said = {way: [video.ask(question.text).text for question in asked] for way, video in videos.items()}
+        right = {
+            way: sum(is_right(question, text, 0.0) for question, text in zip(asked, texts, strict=True))
+            for way, texts in said.items()
+        }
+        usage = videos["rr"].ask(QUESTION).usage
+        row = {
+            "visual_tokens": usage.visual_tokens,
+            "frames": usage.frames,
+            "seconds": {way: Spread.of(measured) for way, measured in taken.items()},
+            "full_over_rr": _ratio(taken["full"], taken["rr"]),
+            "density": round(videos["rr"].density, 4),
+            "asked": len(asked),
+            "same_answers": sum(one == other for one, other in zip(*said.values(), strict=True)),
+            "right": right,
+        }
+        print(f"{usage.visual_tokens} visual tokens, density {row['density']:.3f}, {usage.frames} frames")
+        for way, spread in row["seconds"].items():
+            print(f"  {way:4} watch {spread:.2f} s, {right[way]} of {len(asked)} answers right")
+        print(f"  full over rr {row['full_over_rr']:.2f}, {row['same_answers']} answers the same", flush=True)
+        rows.append(row)
+    return {"rows": rows, "met": None}  # no goal is set: the ratio is to be reported
+
+
+class _Alone:
+    """The stages of a watch one after the other, each over all of what the one before it has made."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: SamplePlan) -> None:
+        self.checkpoint, self.plan = checkpoint, plan
+        self.prefix = checkpoint.prefix(plan.times, (plan.height, plan.width), timestamps=False)
+        self.frames: list[Frame] = []
+        self.features: list[torch.Tensor] = []
+
+    def decode(self) -> None:
+        self.frames = list(read_frames(self.plan))
+
+    def encode(self) -> None:
+        from rrvideo import budget, engine
+
+        count = budget.chunk_frames(self.plan, self.checkpoint.spec.temporal_patch_size)
+        chunks = engine._encoded(self.checkpoint, iter(self.frames), count, engine._Stopwatch())
+        self.features = [features for _, features in chunks]
+
+    def prefill(self) -> None:
+        from rrvideo import engine
+
+        cache, tokens = engine.new_cache(self.checkpoint, len(self.prefix)), len(self.prefix)
+        cancel, stopwatch = engine.Cancel(), engine._Stopwatch()
+        prefill = engine._Prefill(self.checkpoint, cache, tokens, cancel, stopwatch, lambda *ignored: None)
+        for features in self.features:
+            prefill.extend(self.prefix, features)
+        prefill.finish(self.prefix)
+
+    def at_once(self) -> None:
+        """Run all in threads that have what they need: about the least that overlapping them could take here."""
+        with ThreadPoolExecutor(3) as pool:
+            for done in [pool.submit(work) for work in (self.decode, self.encode, self.prefill)]:
+                done.result()
+
+
+def _peak_of_watch(path: Path, frames: int, seconds: float, chunk: float) -> float:
+    """MB that watching `frames` frames of `seconds` takes at most, beyond weights and KV cache, on a CPU.
+
+    Chunks are `chunk` times as large as the engine would make them. Changes this process: to be run in one of its own.
+    """
+    from rrvideo import VideoQA, budget, engine
+
+    hush_transformers(keep_downloads=False)
+    qa = VideoQA.load("tiny", device="cpu")
+    qa.watch(SAMPLE, max_frames=4).ask(QUESTION)  # what is loaded once; of `path` nothing is to be left over
+    budget.CHUNK_FRAMES = round(budget.CHUNK_FRAMES * chunk)
+    budget.CHUNK_TOKENS = round(budget.CHUNK_TOKENS * chunk)
+    vars(engine)["CHUNK_TOKENS"] = budget.CHUNK_TOKENS
+    before = _resident("VmRSS")
+    video = qa.watch(path, fps=2 * frames / seconds, max_frames=frames)
+    peak = _resident("VmHWM")
+    tokens = video.ask(QUESTION).usage.prompt_tokens
+    return peak - before - budget.kv_bytes(qa.checkpoint, tokens) / 1e6
+
+
+def _resident(what: Literal["VmRSS", "VmHWM"]) -> float:
+    """MB of memory that this process has now, or has had at most; where no /proc tells both, the latter."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+        return int(fields[what].split()[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _apart(work: Callable[..., T], *arguments: Any) -> T:
+    """What `work` returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> Spread:
+    """What the times of the same turns are to each other."""
+    return Spread.of([one / other for one, other in zip(seconds, others, strict=True)])
+
+
+def _meets(what: str, value: float, limit: float, form: str) -> bool:
+    print(f"goal: {what} at most {limit:{form}}: {'met' if value <= limit else 'MISSED'} with {value:{form}}")
+    return value <= limit
+
+
+def _model(path: Path) -> VideoQA:
+    """The embedded model, once it has watched a little and answered: so what is prepared only once is not measured."""
+    from rrvideo import VideoQA
+
+    qa = VideoQA.load("tiny")
+    qa.watch(path, max_frames=32).ask(QUESTION)
+    return qa
+
+
+def _world(cache: Path, seconds: int, *, width: int, height: int, fps: int) -> tuple[World, Path]:
+    """A world of up to eight scenes, and the file in `cache` that shows it."""
+    from rrvideo.tiny.world import draw_world, write_video
+
+    world = draw_world(Random(f"bench {seconds}"), seconds, min(8, max(1, seconds // 4)), shortest=min(4, seconds))
+    path = cache / f"world-{seconds}s-{width}x{height}-{fps}fps.mp4"
+    if not path.exists():
+        print(f"drawing {path.name}", flush=True)
+        unfinished = path.with_name("unfinished.mp4")
+        write_video(world, unfinished, width=width, height=height, fps=fps)
+        unfinished.rename(path)
+    return world, path
+
+
+def _repeated(cache: Path, seconds: int, turns: int, *, width: int, height: int) -> Path:
+    """A file in `cache` that shows a world of so many seconds, at 25 frames per second, `turns` times."""
+    _, loop = _world(cache, seconds, width=width, height=height, fps=25)
+    path = loop.with_name(f"{turns}-times-{loop.name}")
+    if not path.exists():
+        repeat_packets(loop, path, seconds=seconds, turns=turns)
+    return path
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "questions": bench_questions,
+    "memory": bench_memory,
+    "first-answer": bench_first_answer,
+    "attention": bench_attention,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rrvideo bench engine", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--part", action="append", choices=PARTS, help="run this one only; may be given again")
+    parser.add_argument("--repeats", metavar="N", type=options.count, default=5, help="turns of each run (default: 5)")
+    parser.add_argument(
+        "--scale", metavar="X", type=options.positive, default=1.0, help="times the length of all videos, to try it"
+    )
+    folder = Path(tempfile.gettempdir()) / "rrvideo-bench"
+    parser.add_argument("--cache", metavar="FOLDER", type=Path, default=folder, help="where the videos are kept")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the last line there too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
