@@ -174,9 +174,9 @@ def bench_first_answer(arguments: argparse.Namespace) -> dict[str, Any]:
     from rrvideo import budget
 
     loop = max(1, round(LOOP * arguments.scale))
-    path = _repeated(arguments.cache, loop, 6, width=416, height=312)
+    path = _repeated(arguments.cache, loop, 6, width=384, height=288)
     qa = _model(path)
-    sampling: dict[str, Any] = {"fps": 5.0, "max_frames": 30 * loop, "timestamps": False}
+    sampling: dict[str, Any] = {"fps": 4.5, "max_frames": 27 * loop, "timestamps": False}
     plan = budget.plan(qa.checkpoint, path, **sampling)
     alone = _Alone(qa.checkpoint, plan)
     stages: dict[str, Callable[[], object]] = {name: getattr(alone, name) for name in ("decode", "encode", "prefill")}
