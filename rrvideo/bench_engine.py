@@ -296,14 +296,13 @@ def _peak_of_watch(path: Path, frames: int, seconds: float, chunk: float) -> flo
 
     Chunks are `chunk` times as large as the engine would make them. Changes this process: to be run in one of its own.
     """
-    from rrvideo import VideoQA, budget, engine
+    from rrvideo import VideoQA, budget
 
     hush_transformers(keep_downloads=False)
     qa = VideoQA.load("tiny", device="cpu")
     qa.watch(SAMPLE, max_frames=4).ask(QUESTION)  # what is loaded once; of `path` nothing is to be left over
     budget.CHUNK_FRAMES = round(budget.CHUNK_FRAMES * chunk)
     budget.CHUNK_TOKENS = round(budget.CHUNK_TOKENS * chunk)
-    vars(engine)["CHUNK_TOKENS"] = budget.CHUNK_TOKENS
     before = _resident("VmRSS")
     video = qa.watch(path, fps=2 * frames / seconds, max_frames=frames)
     peak = _resident("VmHWM")

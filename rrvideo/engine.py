@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from rrvideo.budget import CHUNK_TOKENS, ROOM, chunk_frames, extent
+from rrvideo.budget import ROOM, chunk_frames, chunk_tokens, extent
 from rrvideo.errors import BudgetError
 from rrvideo.model import Checkpoint
 from rrvideo.stages import Cancel, Stages
@@ -227,7 +227,7 @@ class _Prefill:
         self.checkpoint, self.cache, self.planned = checkpoint, cache, planned
         self.cancel, self.stopwatch, self.report = cancel, stopwatch, report
         self.block = settings(checkpoint.model)[0].block_size
-        self.chunk = max(CHUNK_TOKENS // self.block, 1) * self.block
+        self.chunk = max(chunk_tokens(checkpoint.device) // self.block, 1) * self.block
         self.features: list[torch.Tensor] = []  # of the visual tokens that are not prefilled yet
         self.encoded = 0  # visual tokens
 

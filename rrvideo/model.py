@@ -46,11 +46,7 @@ class Checkpoint:
     spec: PatchSpec
     limits: PixelLimits
     folder: Path  # where its files are, also those of a hub id
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids and embeddings go; with a device map the model may be on others too."""
-        return self.model.get_input_embeddings().weight.device
+    device: torch.device  # where token ids and embeddings go; with a device map the model may be on others too
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,13 +187,14 @@ def load(
     kind = _dtype(dtype, target)
     if weights:
         model = _load_model(folder, name, family, kind, str(target) if device_map is None else device_map)
+        target = model.get_input_embeddings().weight.device
     else:
         model = _outline(folder, name, family, kind)
     if tokenizer.convert_tokens_to_ids(VIDEO_PAD) != model.config.video_token_id:
         raise ModelError(f"the tokenizer of {name} does not belong to its model: they differ in the id of {VIDEO_PAD}")
     use_segment_attention(model)
     enable(model, config, attention=attention)
-    return Checkpoint(name, family, model, tokenizer, spec, limits, folder)
+    return Checkpoint(name, family, model, tokenizer, spec, limits, folder, target)
 
 
 def _find(name: str, weights: bool) -> Path:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from rrvideo import bench, bench_engine, budget, engine
+from rrvideo import bench, bench_engine, budget
 from rrvideo.frameindex import scan
 
 
@@ -35,8 +35,8 @@ def test_each_part_runs_and_its_figures_add_up(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_engine, "_apart", in_this_process)
     monkeypatch.setattr(bench_engine, "LOOP", 100)  # of which there are two seconds
-    for room, size in ((budget, "CHUNK_FRAMES"), (budget, "CHUNK_TOKENS"), (engine, "CHUNK_TOKENS")):
-        monkeypatch.setattr(room, size, getattr(room, size))  # the memory part changes them in its own process
+    for size in ("CHUNK_FRAMES", "CHUNK_TOKENS"):
+        monkeypatch.setattr(budget, size, getattr(budget, size))  # the memory part changes them in its own process
     monkeypatch.setattr(bench_engine, "ASKED", 5)
     monkeypatch.setattr(bench_engine, "CHUNKS", (0.5, 1.0))
     monkeypatch.setattr(bench_engine, "TOKENS", (8192, 16384))

@@ -162,7 +162,7 @@ def test_a_plan_is_what_the_watch_then_takes_and_decodes_nothing(begin, monkeypa
 @pytest.mark.parametrize("where", ["prefill", "queue"])
 def test_a_stop_while_it_watches_ends_the_work_and_the_next_question_starts_clean(begin, monkeypatch, where):
     monkeypatch.setattr("rrvideo.budget.CHUNK_FRAMES", 2)
-    monkeypatch.setattr(engine, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(engine, "chunk_tokens", lambda device: 16)
     session, forward, passes, at_stop = begin(), Checkpoint.forward, [], []
 
     def counted(*arguments, **options):

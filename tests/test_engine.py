@@ -212,7 +212,7 @@ def test_density_is_that_of_the_prefill(folders, clip, watched):
 
 def test_progress_counts_frames_and_tokens(folders, clip, monkeypatch):
     monkeypatch.setattr(budget, "CHUNK_FRAMES", 8)
-    monkeypatch.setattr(engine, "CHUNK_TOKENS", 320)
+    monkeypatch.setattr(engine, "chunk_tokens", lambda device: 320)
     config = RRConfig(block_size=64)
     checkpoint, calls = load(folders["qwen2_vl"], attention="full", device="cpu", config=config), []
     stream = read_frames(budget.plan(checkpoint, clip, **SAMPLING))

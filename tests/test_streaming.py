@@ -69,7 +69,7 @@ def plan_for(checkpoint, clip, *, fps=2.0, timestamps=True):
 def in_small_chunks(monkeypatch):
     """Two steps of frames are encoded at a time, and a few blocks of tokens prefilled."""
     monkeypatch.setattr(budget, "CHUNK_FRAMES", 4)
-    monkeypatch.setattr(engine, "CHUNK_TOKENS", 4 * BLOCK)
+    monkeypatch.setattr(engine, "chunk_tokens", lambda device: 4 * BLOCK)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_chunks_select_the_blocks_of_one_pass_and_give_its_logits(
 
 @pytest.mark.parametrize("chunk", [1, BLOCK, 5 * BLOCK + 3, 10**6])
 def test_every_chunk_begins_at_a_block_and_the_last_is_no_shorter_than_one(sparse, clip, monkeypatch, chunk):
-    monkeypatch.setattr(engine, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(engine, "chunk_tokens", lambda device: chunk)
     sizes, forward = [], Checkpoint.forward
     monkeypatch.setattr(
         Checkpoint,

@@ -9,8 +9,8 @@ import torch
 
 from rrvideo.tiny import batches, sight, train
 from rrvideo.tiny.layout import make_tokenizer
-from rrvideo.tiny.world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
-from rrvideo.tokens import patchify
+from rrvideo.tiny.world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, draw_world
+from rrvideo.tokens import build_question, patchify
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def model(tokenizer):
     return train.build_model(tokenizer)
 
 
-def draw_batch(tokenizer, geometry, *, tokens=1000, seed=1):
+def draw_batch(tokenizer, geometry, *, tokens=3000, seed=1):
     """A batch with all kinds of questions that the geometry's form has."""
     source = batches.Batches(tokenizer, SimpleNamespace(value=0), "test", tokens)
     return source.draw(Random(seed), geometry, batches.LEVELS[-1])
@@ -34,14 +34,15 @@ GEOMETRIES = [
     batches.Geometry(3, (56, 84), timestamps=True, late=False, form="long"),
     batches.Geometry(2, (84, 56), timestamps=True, late=True, form="choice"),
     batches.Geometry(4, (56, 56), timestamps=False, late=False, form="short"),
+    batches.Geometry(10, (56, 56), timestamps=True, late=False, form="chat"),
 ]
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["long", "choice-late", "short-without-timestamps"])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["long", "choice-late", "short-without-timestamps", "chat"])
 def test_each_packed_question_gets_the_logits_it_gets_alone_from_transformers(geometry, tokenizer, model, monkeypatch):
     monkeypatch.setattr(train, "degrade", lambda pixels, style: pixels.round().clamp(0, 255).to(torch.uint8))
     batch = draw_batch(tokenizer, geometry)
-    prefix, _ = batches.example(tokenizer, geometry, 600.0 if geometry.late else 0.0, 2.0 * geometry.steps)
+    prefix, _ = batches.example(tokenizer, geometry, 600.0 if geometry.late else 0.0, geometry.longest)
     length = batch.ids.shape[2]
     positions = torch.cat([prefix.positions, prefix.next_positions(length)], 1)[:, None]
     real = batch.answers != batches.IGNORED
@@ -83,13 +84,13 @@ def test_all_batches_of_a_geometry_have_the_same_sizes(tokenizer):
         assert one.ids.shape[1:] == (geometry.asked.questions, geometry.asked.length)
 
 
-@pytest.mark.parametrize("form", ["short", "long", "choice"])
+@pytest.mark.parametrize("form", ["short", "long", "choice", "chat"])
 def test_the_longest_questions_of_a_form_fit_with_all_their_answers(form, tokenizer):
     geometry = batches.Geometry(16, (56, 56), timestamps=True, late=form != "long", form=form)
     for seed in range(12):
         batch = draw_batch(tokenizer, geometry, tokens=6000, seed=seed)
         ends = (batch.ids == tokenizer.eos_token_id).flatten().sum()
-        # A question has three turns' ends (the system's and the user's are in the prefix and before the answer).
+        # Each question ends, and each answer.
         assert (batch.answers == tokenizer.eos_token_id).sum() * 2 == ends
 
 
@@ -106,7 +107,8 @@ def test_only_kinds_of_the_level_are_asked(tokenizer):
         for form in set(level.forms):
             geometry = batches.Geometry(4, (56, 56), timestamps=level.timestamps, late=False, form=form)
             kinds = {batches.SCORES[row] for row in source.draw(Random(0), geometry, level).kinds.tolist()}
-            assert {kind.removeprefix("choice ") for kind in kinds} <= set(level.kinds)
+            assert {kind.removeprefix("choice ") for kind in kinds} - {"chat"} <= set(level.kinds)
+            assert ("chat" in kinds) == (form == "chat")
             assert all(kind.startswith("choice ") == (form == "choice") for kind in kinds)
 
 
@@ -169,3 +171,28 @@ def test_the_tower_learns_to_be_the_sum_of_its_words(tokenizer, monkeypatch):
     meant = (shares @ words).repeat_interleave(4, 0)
     assert torch.nn.functional.cosine_similarity(features, meant).mean() > 0.8
     assert all(torch.equal(weight, before[name]) for name, weight in model.model.language_model.named_parameters())
+
+
+def test_a_chat_is_what_the_pipeline_would_ask_turn_by_turn(tokenizer):
+    geometry = GEOMETRIES[3]
+    batch = draw_batch(tokenizer, geometry)
+    prefix, _ = batches.example(tokenizer, geometry, 0.0, geometry.longest)
+    ids = batch.ids[0, 0]
+    turns = tokenizer.decode(ids).split("<|endoftext|>")[0].removesuffix("<|im_end|>").split("<|im_end|>\n")
+    said = [turn.split("\n", 1)[1] if turn.startswith("<|im_start|>") else turn for turn in turns]
+    assert len(said) == 6
+    expected = build_question(tokenizer, prefix, said[:-1])
+    answer = tokenizer.encode(said[-1], add_special_tokens=False)
+    whole = [*expected.tolist(), *answer, tokenizer.eos_token_id]
+    assert ids[: len(whole)].tolist() == whole and not ids[len(whole) :].any()
+
+
+def test_a_scene_is_made_short_and_the_others_fill_the_video():
+    for seed in range(20):
+        before = draw_world(Random(seed), 100, 2 + seed % 5)
+        after = batches.with_a_short_scene(before, Random(seed), 0.5)
+        assert min(scene.end - scene.start for scene in after.scenes) == pytest.approx(0.5)
+        assert [scene.name for scene in after.scenes] == [scene.name for scene in before.scenes]
+        borders = [time for scene in after.scenes for time in (scene.start, scene.end)]
+        assert borders == sorted(borders) and borders[1:-1:2] == borders[2::2]
+        assert (borders[0], borders[-1]) == (before.scenes[0].start, before.scenes[-1].end)

@@ -67,7 +67,8 @@ def time_watching(checkpoint: Any, tokens: int, arguments: argparse.Namespace) -
     from rrvideo import engine
 
     stream = Frames(tokens)
-    engine.CHUNK_TOKENS = arguments.chunk or engine.CHUNK_TOKENS
+    if arguments.chunk:
+        vars(engine)["chunk_tokens"] = lambda _: arguments.chunk
     ways: list[tuple[Any, RRConfig]] = [("full", RRConfig()), *(("rr", RRConfig(tau=tau)) for tau in arguments.tau)]
     runs: list[list[dict[str, Any]]] = [[] for _ in ways]
     for _ in range(1 + arguments.repeats):  # the first compiles
@@ -140,7 +141,7 @@ def build_checkpoint(shape: str, device: torch.device) -> Any:
             torch.set_default_dtype(before)
     use_segment_attention(model)
     family = FAMILIES["qwen2_vl"]
-    return Checkpoint(shape, family, model, tokenizer, PatchSpec(), PixelLimits(), EMBEDDED["tiny"])
+    return Checkpoint(shape, family, model, tokenizer, PatchSpec(), PixelLimits(), EMBEDDED["tiny"], device)
 
 
 class Frames:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, NamedTuple
 
@@ -15,12 +15,15 @@ from .world import CHOICE_KINDS, KINDS, MAX_SCENES, Question, World, draw_world,
 
 SPEC = PatchSpec()
 SIZES = ((56, 56), (84, 84), (56, 112), (84, 112), (84, 56), (112, 84), (56, 84), (112, 56))
-STEPS = (1, 2, 4, 6, 10, 16, 28, 48, 90, 150, 300)  # temporal steps of a video
+STEPS = (1, 2, 4, 6, 10, 16, 28, 48, 90, 150, 300, 600, 1200, 2700)  # temporal steps of a video
+# Sampled frames a second where a video goes on past 10 minutes: with another rate its times, which have a digit more
+# from there on, would stand at other places.
+RATES = {600: 1.0, 1200: 1.0, 2700: 2.0}
 IGNORED = -100  # what cross_entropy skips
 
 LONG_KINDS = ("describe", "each", "times", "timeline")  # several scenes in one answer
 TIMED_KINDS = ("when", "times", "timeline")  # what only timestamps tell
-SCORES = (*KINDS, *(f"choice {kind}" for kind in CHOICE_KINDS), *(f"T={steps}" for steps in STEPS))
+SCORES = (*KINDS, *(f"choice {kind}" for kind in CHOICE_KINDS), "chat", *(f"T={steps}" for steps in STEPS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,16 @@ class Form:
     questions: int  # for each video
     length: int  # tokens of a question with its answer, padded
     answer_length: int  # tokens of an answer on average, at most
+    turns: int = 1  # more of them make a chat: then `length` and `answer_length` are those of all its turns
 
 
 FORMS = {
     "short": Form(tuple(kind for kind in KINDS if kind not in LONG_KINDS), questions=16, length=20, answer_length=4),
     "long": Form(LONG_KINDS, questions=6, length=72, answer_length=36),
     "choice": Form(CHOICE_KINDS, questions=6, length=96, answer_length=2),
+    "chat": Form(
+        tuple(kind for kind in KINDS if kind not in LONG_KINDS), questions=5, length=72, answer_length=12, turns=3
+    ),
 }
 
 
@@ -61,7 +68,11 @@ LEVELS = (
     Level((2, 4, 6, 10), ("short", "short", "long"), (*NAMED, "presence", *ORDER), True, 0.85, 0.25),
     Level((4, 6, 10, 16), ("short", "long", "choice"), (*KINDS, *ORDER, *ORDER), True, 0.9, 0.55),
     Level((6, 10, 16, 28, 48), ("short", "long", "choice"), (*KINDS, *ORDER, *ORDER), True, 0.9, 0.75),
-    Level((10, 28, 48, 90, 150, 300), ("short", "long", "choice"), (*KINDS, *ORDER, *ORDER), True, 2.0, 2.0),
+    Level((10, 28, 48, 90, 150, 300), ("short", "long", "choice"), (*KINDS, *ORDER, *ORDER), True, 0.95, 0.85),
+    Level(
+        *((28, 90, 300, 600, 1200, 2700), ("short", "long", "choice", "chat"), (*KINDS, *ORDER, *ORDER)),
+        *(True, 2.0, 2.0),
+    ),
 )
 
 
@@ -79,9 +90,14 @@ class Geometry:
     def asked(self) -> Form:
         return FORMS[self.form]
 
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest video: one that begins before 10 minutes ends there, but for those in `RATES`."""
+        return 2 * self.steps / RATES.get(self.steps, 1.0)
+
     def videos(self, prefix_length: int, tokens: int) -> int:
         """How many videos make a batch of about that many tokens."""
-        return max(4, min(256, tokens // (prefix_length + self.asked.questions * self.asked.length)))
+        return max(1, min(256, tokens // (prefix_length + self.asked.questions * self.asked.length)))
 
     @staticmethod
     def draw(rng: Random, level: Level) -> Geometry:
@@ -110,7 +126,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def __init__(self, tokenizer: Any, level: Any, seed: str, tokens: int) -> None:
         self.tokenizer, self.level, self.seed, self.tokens = tokenizer, level, seed, tokens
-        self.tokenised: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self.tokenised: dict[tuple[str, str, bool], tuple[list[int], list[int]]] = {}
 
     def __iter__(self) -> Iterator[tuple[Geometry, Batch]]:
         torch.set_num_threads(1)
@@ -124,11 +140,14 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def draw(self, rng: Random, geometry: Geometry, level: Level) -> Batch:
         """Draw one batch: first what all its videos share, then each video."""
-        form, longest = geometry.asked, 3540 if geometry.late else 600
-        fps = rng.choice([fps for fps in (0.5, 1.0, 1.0, 1.0, 2.0, 4.0) if 2 * geometry.steps / fps <= 600])
+        form = geometry.asked
+        usual = [fps for fps in (0.5, 1.0, 1.0, 1.0, 2.0, 4.0) if 2 * geometry.steps / fps <= 600]
+        fps = RATES.get(geometry.steps) or rng.choice(usual)
         duration = 2 * geometry.steps / fps
-        begin = rng.uniform(600, longest - duration) if geometry.late else rng.choice((0, 0, longest - duration))
-        begin = begin if geometry.late else rng.random() * begin
+        if geometry.late:
+            begin = rng.uniform(600, 3540 - duration)
+        else:
+            begin = rng.random() * rng.choice((0, 0, max(0.0, 600 - duration)))
         prefix, moments = example(self.tokenizer, geometry, begin, duration)
         kinds = [
             kind for kind in level.kinds if kind in form.kinds and (geometry.timestamps or kind not in TIMED_KINDS)
@@ -139,21 +158,27 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         for _ in range(videos):
             most = min(MAX_SCENES, max(1, geometry.steps // 2))
             scenes = max(rng.randint(1, most), rng.randint(1, most))
-            world = draw_world(rng, duration, scenes, shortest=min(duration, 4 / fps), begin=begin)
+            shortest = min(duration, 4 / fps)
+            world = draw_world(rng, duration, scenes, shortest=shortest, begin=begin)
+            if geometry.steps >= 28 and scenes > 1 and rng.random() < 0.4:
+                world = with_a_short_scene(world, rng, shortest)
             frames.append(torch.from_numpy(parameters(world, moments)))
-            for question in self.ask(rng, world, moments, kinds, form.questions):
-                kind = question.kind
+            for _ in range(form.questions):
+                asked = [self.ask(rng, world, moments, kinds) for _ in range(form.turns)]
+                kind = asked[0].kind if form.turns == 1 else "chat"
                 if geometry.form == "choice":
-                    question = multiple_choice(question, world, rng, moments)  # noqa: PLW2901
-                    kind = f"choice {kind}"
-                rows.append(self.tokenise(prefix, question))
+                    asked, kind = [multiple_choice(asked[0], world, rng, moments)], f"choice {kind}"
+                rows.append(self.tokenise(prefix, asked))
                 scores.append(SCORES.index(kind))
 
         ids = torch.zeros(len(rows), form.length, dtype=torch.long)
         before: list[int] = []
-        for row, (asked, answer) in enumerate(rows):
-            ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
-            before += range(row * form.length + len(asked) - 1, row * form.length + len(asked) + len(answer) - 1)
+        for row, turns in enumerate(rows):
+            end = 0
+            for text, answer in turns:
+                start, end = end + len(text), end + len(text) + len(answer)
+                ids[row, start - len(text) : end] = torch.tensor(text + answer)
+                before += range(row * form.length + start - 1, row * form.length + end - 1)
         size = len(rows) * form.answer_length  # the same for every batch of a geometry, as CUDA graphs need it
         before = before[:size]  # a batch of nothing but long answers does without its last
         where = torch.tensor(before + [0] * (size - len(before)))
@@ -171,24 +196,39 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         )
 
     @staticmethod
-    def ask(rng: Random, world: World, moments: list[float], kinds: list[str], count: int) -> Iterator[Question]:
-        """Questions about one video, of each kind as often as it is listed."""
-        asked = 0
-        while asked < count:
-            if possible := questions(world, rng, moments, [rng.choice(kinds)]):
-                yield rng.choice(possible)
-                asked += 1
+    def ask(rng: Random, world: World, moments: list[float], kinds: list[str]) -> Question:
+        """A question about one video, of each kind as often as it is listed."""
+        while not (possible := questions(world, rng, moments, [rng.choice(kinds)])):
+            pass
+        return rng.choice(possible)
 
-    def tokenise(self, prefix: Prefix, question: Question) -> tuple[list[int], list[int]]:
-        """Token ids of a question and of its answer, the end of the turn included."""
-        known = self.tokenised.get((question.text, question.answer))
-        if known is None:
-            asked = build_question(self.tokenizer, prefix, [question.text]).tolist()
-            answer = self.tokenizer.encode(question.answer, add_special_tokens=False)
-            known = asked, [*answer, self.tokenizer.eos_token_id]
-            if len(self.tokenised) < 50_000:
-                self.tokenised[question.text, question.answer] = known
-        return known
+    def tokenise(self, prefix: Prefix, turns: Sequence[Question]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each turn's question and of its answer, the end of the turn included."""
+        tokens, end = [], self.tokenizer.eos_token_id
+        for question, said in zip(turns, [None, *turns], strict=False):
+            key = question.text, question.answer, said is None
+            known = self.tokenised.get(key)
+            if known is None:
+                earlier = [] if said is None else [said.text, said.answer]
+                asked = build_question(self.tokenizer, prefix, [*earlier, question.text]).tolist()
+                if said:  # what follows the end of an answer, the second end in there, is the same after any other
+                    asked = asked[asked.index(end, asked.index(end) + 1) + 1 :]
+                answer = self.tokenizer.encode(question.answer, add_special_tokens=False)
+                known = asked, [*answer, end]
+                if len(self.tokenised) < 50_000:
+                    self.tokenised[key] = known
+            tokens.append(known)
+        return tokens
+
+
+def with_a_short_scene(world: World, rng: Random, shortest: float) -> World:
+    """The same scenes, two or more, one of which lasts `shortest` seconds and no longer: as needles in a long video."""
+    scenes = list(world.scenes)
+    place = rng.randrange(len(scenes))
+    left = min(place, len(scenes) - 2)  # of the border that moves
+    border = scenes[place].start + shortest if left == place else scenes[place].end - shortest
+    scenes[left], scenes[left + 1] = replace(scenes[left], end=border), replace(scenes[left + 1], start=border)
+    return World(tuple(scenes))
 
 
 def example(tokenizer: Any, geometry: Geometry, begin: float, duration: float) -> tuple[Prefix, list[float]]:

@@ -81,7 +81,7 @@ class Places:
         videos, asked, length = batch.ids.shape
         device = batch.ids.device
         self.size = geometry.size
-        prefix, _ = example(tokenizer, geometry, 600.0 if geometry.late else 0.0, 2.0 * geometry.steps)
+        prefix, _ = example(tokenizer, geometry, 600.0 if geometry.late else 0.0, geometry.longest)
         self.visual = prefix.visual.nonzero()[:, 0].to(device)
         language, tower = model.model.language_model, model.model.visual
         anything = torch.zeros(1, device=device)

@@ -7,6 +7,7 @@ any moment, size and device, and `write_video` encodes it, so that training, tes
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -135,7 +136,7 @@ def draw_world(rng: Random, duration: float, scenes: int, *, shortest: float = 4
 
 def appearances(world: World, times: Sequence[float]) -> list[str]:
     """The time, as the model is told it, of the temporal step (two frames) that first shows each scene."""
-    starts = [next(i for i, time in enumerate(times) if time >= scene.start - 1e-6) for scene in world.scenes]
+    starts = [bisect_left(times, scene.start - 1e-6) for scene in world.scenes]
     return [format_time(times[first - first % 2]) for first in starts]
 
 
