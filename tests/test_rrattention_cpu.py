@@ -198,7 +198,7 @@ def test_chunked_prefill_equals_one_call(scope, borders):
     out, stats = rr_attention(q, k, v, config=config, backend="cpu", return_stats=True)
     kept = 0
     for start, stop in itertools.pairwise(borders):
-        part = case.config(scope=scope).for_chunk(total_tokens=1000, last=stop == 1000)
+        part = case.config(scope=scope).for_chunk(total_tokens=1000, last=stop == 1000, device=q.device)
         chunk = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
         result, chunk_stats = rr_attention(*chunk, config=part, backend="cpu", return_stats=True)
         close(result, out[:, :, start:stop])

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rrattention
 from rrattention import BlockGrid, BlockSelection, RRConfig, attend, dense_attention, estimate, rr_attention, select
+from rrattention.config import MIN_TOKENS
 
 SMALL = RRConfig(block_size=16, stride=4, tau=0.8, min_tokens=0)
 
@@ -296,7 +297,7 @@ def test_chunked_prefill_selects_exactly_what_one_call_selects(scope, borders):
     whole = select(estimate(q, k, config=config), 200, 200, config=config).mask()
     out = rr_attention(q, k, v, config=config)
     for start, stop in itertools.pairwise(borders):
-        chunk = config.for_chunk(total_tokens=200, last=stop == 200)
+        chunk = config.for_chunk(total_tokens=200, last=stop == 200, device=q.device)
         args = q[:, :, start:stop], k[:, :, :stop]
         selection = select(estimate(*args, config=chunk), stop - start, stop, config=chunk).mask()
         assert torch.equal(selection, whole[:, :, start // 16 : -(-stop // 16), : selection.shape[3]])
@@ -309,7 +310,9 @@ def test_a_chunk_is_dense_when_the_whole_prefill_is_too_short():
     config = RRConfig(16, 4, tau=0.3, min_tokens=150)
     q, k, v = make_qkv(64, 160)
     for total, dense in [(140, True), (150, False)]:
-        _, stats = rr_attention(q, k, v, config=config.for_chunk(total_tokens=total, last=False), return_stats=True)
+        _, stats = rr_attention(
+            q, k, v, config=config.for_chunk(total_tokens=total, last=False, device=q.device), return_stats=True
+        )
         assert (stats.density().item() == 1.0) == dense
 
 
@@ -321,6 +324,25 @@ def test_fewer_keys_than_min_tokens_is_dense():
     assert stats.kept == 2 * 6 * sum(range(1, 8))
     q, k, v = make_qkv(91, 100)
     assert rr_attention(q, k, v, config=RRConfig(16, 4, tau=0.1, min_tokens=100), return_stats=True)[1].density() < 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_without_min_tokens_the_device_says_from_where_on_a_call_is_sparse(device):
+    least = MIN_TOKENS.get(device, MIN_TOKENS["cpu"])
+    for total in (least - 1, least):
+        for config in (RRConfig(), RRConfig().for_chunk(total_tokens=total, last=True, device=torch.device(device))):
+            assert config.sparse(total, torch.device(device)) == (total == least)
+
+
+@pytest.mark.parametrize("sink", [True, False])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("query_length", "key_length", "kv_start"), SHAPES, ids=SHAPE_IDS)
+def test_the_totals_are_those_of_the_masks(query_length, key_length, kv_start, causal, sink):
+    q = make_qkv(query_length, key_length)[0]
+    config = RRConfig(16, 4, sink=sink)
+    grid = BlockGrid.of(q, query_length, key_length, config, causal=causal, kv_start=starts(kv_start))
+    visible, mandatory = grid.totals(3)
+    assert (visible, mandatory) == (3 * grid.visible().sum(), 3 * grid.mandatory().sum())
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])

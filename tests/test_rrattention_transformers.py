@@ -212,7 +212,7 @@ def test_prefill_in_chunks_with_a_cache_equals_one_pass(llama):
         whole = model(ids).logits
         cache, chunks = DynamicCache(config=model.config), []
         for start, stop in [(0, 64), (64, 128), (128, 150)]:
-            enable(model, SPARSE.for_chunk(total_tokens=150, last=stop == 150), attention)
+            enable(model, SPARSE.for_chunk(total_tokens=150, last=stop == 150, device=ids.device), attention)
             chunks.append(model(ids[:, start:stop], past_key_values=cache).logits)
         close(torch.cat(chunks, dim=1), whole)
 

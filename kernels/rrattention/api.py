@@ -46,7 +46,7 @@ def rr_attention(
     stages, scale = _stages(backend, q), _scale(q, scale)
     grid = BlockGrid.of(q, q.shape[2], k.shape[2], config, causal=causal, kv_start=kv_start)
 
-    if grid.key_length < config.min_tokens:
+    if not config.sparse(grid.key_length, q.device):
         out = dense_attention(q, k, v, scale=scale, causal=causal, kv_start=kv_start)
         stats = grid.dense_stats(q.shape[1])
     else:

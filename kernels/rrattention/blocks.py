@@ -115,10 +115,22 @@ class BlockGrid:
         """Which row holds the last query block, [batch, query_blocks, 1] bool."""
         return self.query_block() == (self.length[:, None, None] - 1) // self.block_size
 
+    def totals(self, heads: int) -> tuple[Tensor, Tensor]:
+        """How many blocks `heads` heads may see, and how many are mandatory: 0-dimensional int64 tensors."""
+        if self.kv_start is not None:
+            return self.visible().sum() * heads, self.mandatory().sum() * heads
+        # Without padding they are known here: a GPU is spared some twenty small kernels in each layer.
+        first, rows = self.key_blocks - self.query_blocks, self.query_blocks
+        visible = rows * (first + 1 + self.key_blocks) // 2 if self.causal else rows * self.key_blocks
+        mandatory = rows + (rows - (first == 0) if self.sink else 0)
+        counts = (blocks * self.batch * heads for blocks in (visible, mandatory))
+        total, always = (torch.full((), count, device=self.device) for count in counts)
+        return total, always
+
     def dense_stats(self, heads: int) -> BlockStats:
         """The counts of a call of `heads` query heads that keeps every visible block."""
-        visible = self.visible().sum() * heads
-        return BlockStats(visible, visible, self.mandatory().sum() * heads)
+        visible, mandatory = self.totals(heads)
+        return BlockStats(visible, visible, mandatory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +183,7 @@ class BlockSelection:
         return kept.scatter_(-1, targets, True)[..., :-1]
 
     def stats(self) -> BlockStats:
-        heads = self.indices.shape[1]
-        return BlockStats(self.counts.sum(), self.grid.visible().sum() * heads, self.grid.mandatory().sum() * heads)
+        return BlockStats(self.counts.sum(), *self.grid.totals(self.indices.shape[1]))
 
     def density(self, *, mandatory: bool = True) -> Tensor:
         """Kept over visible blocks over batch and heads: see `BlockStats.density`."""

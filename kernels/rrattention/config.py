@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
 
 Scope = Literal["row", "heads"]
+
+# Tokens from which on sparse prefill wins, measured with benchmarks/prefill.py: see README.md.
+MIN_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +26,8 @@ class RRConfig:
         query block, which drops blocks where they matter least over the heads.
     sink: always keep the first key block.
     dense_last_block: the last query block of the call keeps every visible block.
-    min_tokens: with fewer keys than this the call is dense.
+    min_tokens: with fewer keys than this the call is dense; None is the length at which sparse was measured to win on
+        the device of the call, see `MIN_TOKENS`.
 
     ValueError names the field that is wrong, and its value.
     """
@@ -31,12 +38,13 @@ class RRConfig:
     scope: Scope = "row"
     sink: bool = True
     dense_last_block: bool = True
-    # A cautious round number: no backend has been measured yet. It becomes the length at which sparse wins.
-    min_tokens: int = 2048
+    min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("stride", 1), ("block_size", 1), ("min_tokens", 0)):
             value = getattr(self, name)
+            if name == "min_tokens" and value is None:
+                continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.block_size % self.stride:
@@ -51,7 +59,12 @@ class RRConfig:
         """Return the paper's rule: every query block of every head keeps its own `tau` of the mass."""
         return cls(tau=tau, scope="row")
 
-    def for_chunk(self, *, total_tokens: int, last: bool) -> RRConfig:
+    def sparse(self, tokens: int, device: torch.device) -> bool:
+        """Whether a prefill of so many tokens is long enough for `device` to gain by leaving out blocks."""
+        least = MIN_TOKENS.get(device.type, MIN_TOKENS["cpu"]) if self.min_tokens is None else self.min_tokens
+        return tokens >= least
+
+    def for_chunk(self, *, total_tokens: int, last: bool, device: torch.device) -> RRConfig:
         """Return this rule for one chunk of a prefill of `total_tokens` tokens, so that it selects what one call would.
 
         Two choices belong to the whole prefill and not to a chunk: whether it is long enough to be sparse, and which
@@ -59,6 +72,6 @@ class RRConfig:
         """
         return replace(
             self,
-            min_tokens=0 if total_tokens >= self.min_tokens else sys.maxsize,
+            min_tokens=0 if self.sparse(total_tokens, device) else sys.maxsize,
             dense_last_block=self.dense_last_block and last,
         )

@@ -188,7 +188,7 @@ def _attention(
 
     config, attention = _stored(module.config)
     if (part := _CHUNK.get()) is not None:
-        config = config.for_chunk(**part)
+        config = config.for_chunk(**part, device=query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     for callback in _OBSERVERS.get():
         callback(module.layer_idx, query, key, scale)
