@@ -116,15 +116,6 @@ def test_the_video_is_watched_once_for_the_whole_conversation(begin, qa, clip, w
         assert events[-1] == Done(turn)
 
 
-def test_a_model_that_cannot_converse_is_asked_each_question_by_itself(begin, qa, clip):
-    session = begin(history=False)
-    for question in (QUESTION, OTHER):
-        list(session.ask(question, LOOK))
-    with qa.watch(clip, fps=4.0) as video:
-        expected = video.ask([QUESTION, OTHER], max_new_tokens=TOKENS)
-    assert [turn.answer for turn in session.turns] == [answer.text for answer in expected]
-
-
 def test_watching_first_leaves_the_question_nothing_to_watch(begin, watches):
     session = begin()
     assert not session.plan(LOOK).watched

@@ -316,11 +316,11 @@ def test_frames_for_which_the_model_has_no_room_are_left_out_and_told(make_studi
     ]
 
 
-def test_the_embedded_model_goes_by_its_short_name_and_is_asked_each_question_by_itself():
+def test_the_embedded_model_goes_by_its_short_name():
     studio = Studio.load(device="cpu", memory=10**9)
     studio.close()
 
-    assert (studio.model, studio.history, studio.memory) == ("tiny", False, 10**9)
+    assert (studio.model, studio.memory) == ("tiny", 10**9)
 
 
 def test_the_state_of_a_chat_is_made_without_gradio_and_loads_nothing_heavy():

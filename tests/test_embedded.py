@@ -72,6 +72,12 @@ def test_it_tells_what_the_sample_shows(question, answer, video):
     assert video.ask(question).text == answer
 
 
+def test_it_keeps_its_bearings_in_a_chat(video):
+    chat = video.chat()
+    asked = QUESTIONS[1:16:3]
+    assert [chat.ask(question).text for question, _ in asked] == [answer for _, answer in asked]
+
+
 def test_it_answers_multiple_choice_with_a_letter(video):
     rng = Random("sample")
     right = []

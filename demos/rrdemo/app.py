@@ -35,7 +35,7 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 QUICK: dict[str, Any] = {**QUIET, "queue": False}
 EMBEDDED = (
     "It comes with rrvideo and knows one small world: coloured shapes that cross coloured backgrounds, as in the "
-    "examples. It answers each question by itself."
+    "examples."
 )
 
 

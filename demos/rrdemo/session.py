@@ -320,7 +320,7 @@ class Session:
 
     def _answer(self, video: Video, before: list[Turn], question: str, cancel: Cancel, tell: Tell) -> Answer:
         """Answer piece by piece; where the context has no room for all that was said before, the oldest goes first."""
-        said = [turn for turn in before if not turn.stopped] if self.studio.history else []
+        said = [turn for turn in before if not turn.stopped]
         forgotten = 0
         while True:
             chat = video.chat()

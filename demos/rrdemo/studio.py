@@ -91,7 +91,7 @@ class Studio:
 
     `memory` is what open videos may take together, in bytes (default: half of what the GPU has left, or a quarter of
     the machine's); the least recently used is closed for a new one. One that nobody has asked about for `keep` seconds
-    is closed too. `history` says whether a question comes with what was said before it.
+    is closed too.
     """
 
     def __init__(
@@ -101,14 +101,12 @@ class Studio:
         limits: Limits | None = None,
         memory: int | None = None,
         keep: float = 1800.0,
-        history: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.qa = qa
         self.limits = limits or Limits()
         self.memory = _spare_memory(qa.checkpoint.device) if memory is None else memory
         self.keep = keep
-        self.history = history
         self.watching = Line(self.limits.waiting)
         self.answering = Line(self.limits.waiting)
         self.checking = threading.Semaphore(CHECKS_AT_ONCE)  # of files, each in a process of its own
@@ -121,14 +119,10 @@ class Studio:
 
     @classmethod
     def load(cls, model: str = "tiny", *, device: str = "auto", dtype: str = "auto", **options: Any) -> Self:
-        """Load a model as `VideoQA.load` does; `options` are those of the constructor.
+        """Load a model as `VideoQA.load` does; `options` are those of the constructor."""
+        from rrvideo.pipeline import VideoQA
 
-        The embedded model is asked each question by itself: it has not learnt to converse.
-        """
-        from rrvideo.pipeline import EMBEDDED, VideoQA
-
-        qa = VideoQA.load(model, device=device, dtype=dtype)
-        return cls(qa, **{"history": model not in EMBEDDED, **options})
+        return cls(VideoQA.load(model, device=device, dtype=dtype), **options)
 
     @property
     def model(self) -> str:

@@ -11,7 +11,19 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..tokens import PatchSpec, Prefix, build_prefix, build_question
-from .world import CHOICE_KINDS, KINDS, MAX_SCENES, Question, World, draw_world, multiple_choice, parameters, questions
+from .world import (
+    CHOICE_KINDS,
+    KINDS,
+    LONG_KINDS,
+    MAX_SCENES,
+    SHORT_KINDS,
+    Question,
+    World,
+    draw_world,
+    multiple_choice,
+    parameters,
+    questions,
+)
 
 SPEC = PatchSpec()
 SIZES = ((56, 56), (84, 84), (56, 112), (84, 112), (84, 56), (112, 84), (56, 84), (112, 56))
@@ -21,7 +33,6 @@ STEPS = (1, 2, 4, 6, 10, 16, 28, 48, 90, 150, 300, 600, 1200, 2700)  # temporal 
 RATES = {600: 1.0, 1200: 1.0, 2700: 2.0}
 IGNORED = -100  # what cross_entropy skips
 
-LONG_KINDS = ("describe", "each", "times", "timeline")  # several scenes in one answer
 TIMED_KINDS = ("when", "times", "timeline")  # what only timestamps tell
 SCORES = (*KINDS, *(f"choice {kind}" for kind in CHOICE_KINDS), "chat", *(f"T={steps}" for steps in STEPS))
 
@@ -38,12 +49,10 @@ class Form:
 
 
 FORMS = {
-    "short": Form(tuple(kind for kind in KINDS if kind not in LONG_KINDS), questions=16, length=20, answer_length=4),
+    "short": Form(SHORT_KINDS, questions=16, length=20, answer_length=4),
     "long": Form(LONG_KINDS, questions=6, length=72, answer_length=36),
     "choice": Form(CHOICE_KINDS, questions=6, length=96, answer_length=2),
-    "chat": Form(
-        tuple(kind for kind in KINDS if kind not in LONG_KINDS), questions=5, length=72, answer_length=12, turns=3
-    ),
+    "chat": Form(SHORT_KINDS, questions=5, length=72, answer_length=12, turns=3),
 }
 
 

@@ -25,6 +25,7 @@ from .world import (
     CHOICE_KINDS,
     KINDS,
     MAX_SCENES,
+    SHORT_KINDS,
     Question,
     draw_world,
     multiple_choice,
@@ -34,6 +35,7 @@ from .world import (
 )
 
 CARD = EMBEDDED["tiny"] / "README.md"
+CHAT = 3  # questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def long_clips(count: int) -> Iterator[Clip]:
 
 
 def measure(qa: VideoQA, clips: Iterable[Clip], group: str, cache: Path) -> Iterator[Result]:
-    """Ask one question of each kind about each clip, open and as multiple choice."""
+    """Ask one question of each kind about each clip, open and as multiple choice, and then chat about it."""
     for clip in clips:
         rng = Random(f"held-out {clip.seed}")
         step = 2 / clip.fps
@@ -110,6 +112,11 @@ def measure(qa: VideoQA, clips: Iterable[Clip], group: str, cache: Path) -> Iter
                         where = f"{seen.start:.1f}-{seen.end:.1f}", f"{scene.start:.1f}-{scene.end:.1f}"
                         meets = seen.start < scene.end and scene.start < seen.end
                         yield Result(group, "evidence", form.text, where[1], where[0], meets, answer.density)
+            chat = video.chat()
+            for question in rng.sample(questions(world, rng, times, SHORT_KINDS), CHAT):
+                answer = chat.ask(question.text)
+                right = is_right(question, answer.text, step)
+                yield Result(group, "chat", question.text, question.answer, answer.text, right, answer.density)
 
 
 def is_right(question: Question, answer: str, step: float) -> bool:
@@ -138,8 +145,12 @@ def table(results: list[Result]) -> str:
         scores[result.kind, result.group].append(result.right)
         if result.kind in KINDS:
             scores["open, all kinds", result.group].append(result.right)
-    rows = ["open, all kinds", "choice", *KINDS, "evidence"]
-    named = {"choice": "multiple choice", "evidence": "evidence meets the scene"}
+    rows = ["open, all kinds", "choice", "chat", *KINDS, "evidence"]
+    named = {
+        "choice": "multiple choice",
+        "chat": f"one of {CHAT} in a chat",
+        "evidence": "evidence meets the scene",
+    }
     lines = ["| | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
     for row in rows:
         cells = [scores[row, group] for group in groups]

@@ -22,7 +22,9 @@ from ..clock import format_time
 __all__ = [
     "CHOICE_KINDS",
     "KINDS",
+    "LONG_KINDS",
     "MULTIPLE_CHOICE",
+    "SHORT_KINDS",
     "Question",
     "Scene",
     "World",
@@ -268,7 +270,9 @@ KINDS: dict[str, Callable[[World, Random, Sequence[float]], Iterator[tuple[str, 
 }
 
 
-CHOICE_KINDS = tuple(kind for kind in KINDS if kind not in {"presence", "describe", "each", "times", "timeline"})
+LONG_KINDS = ("describe", "each", "times", "timeline")  # several scenes in one answer
+SHORT_KINDS = tuple(kind for kind in KINDS if kind not in LONG_KINDS)
+CHOICE_KINDS = tuple(kind for kind in KINDS if kind not in {"presence", *LONG_KINDS})
 
 
 def questions(world: World, rng: Random, times: Sequence[float], kinds: Sequence[str] = tuple(KINDS)) -> list[Question]:
