@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Scope = Literal["row", "heads"]
 
 # Tokens from which on sparse prefill wins, measured with benchmarks/prefill.py: see README.md.
-MIN_TOKENS = {"cpu": 2048, "cuda": 8192}
+MIN_TOKENS = {"cpu": 2560, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
