@@ -268,10 +268,9 @@ class _Alone:
         self.frames = list(read_frames(self.plan))
 
     def encode(self) -> None:
-        from rrvideo import budget, engine
+        from rrvideo import engine
 
-        count = budget.chunk_frames(self.plan, self.checkpoint.spec.temporal_patch_size)
-        chunks = engine._encoded(self.checkpoint, iter(self.frames), count, engine._Stopwatch())
+        chunks = engine._encoded(self.checkpoint, iter(self.frames), self.plan, engine._Stopwatch())
         self.features = [features for _, features in chunks]
 
     def prefill(self) -> None:
@@ -279,7 +278,7 @@ class _Alone:
 
         cache, tokens = engine.new_cache(self.checkpoint, len(self.prefix)), len(self.prefix)
         cancel, stopwatch = engine.Cancel(), engine._Stopwatch()
-        prefill = engine._Prefill(self.checkpoint, cache, tokens, cancel, stopwatch, lambda *ignored: None)
+        prefill = engine._Prefill(self.checkpoint, cache, tokens, cancel, stopwatch)
         for features in self.features:
             prefill.extend(self.prefix, features)
         prefill.finish(self.prefix)

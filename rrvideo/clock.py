@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-__all__ = ["format_time", "parse_clip"]
+__all__ = ["format_time", "parse_clip", "parse_time"]
 
 CLOCK = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?)")
 
@@ -25,14 +25,15 @@ def parse_clip(text: str) -> tuple[float | None, float | None]:
     start_text, dash, end_text = (part.strip() for part in text.partition("-"))
     if not dash or not (start_text or end_text):
         raise ValueError(f"a clip is START-END, such as 1:30-2:45, 90- or -0:45; got {text!r}")
-    start = _parse_time(start_text) if start_text else None
-    end = _parse_time(end_text) if end_text else None
+    start = parse_time(start_text) if start_text else None
+    end = parse_time(end_text) if end_text else None
     if end is not None and end <= (start or 0.0):
         raise ValueError(f"the clip {text!r} ends before it starts")
     return start, end
 
 
-def _parse_time(text: str) -> float:
+def parse_time(text: str) -> float:
+    """Read `90`, `1:30` or `1:02:03.5` in seconds; raises `ValueError` that says what is wrong with `text`."""
     match = CLOCK.fullmatch(text)
     if match is None:
         raise ValueError(f"a time is seconds, M:SS or H:MM:SS; got {text!r}")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from rrvideo.errors import BudgetError
 from rrvideo.model import Checkpoint
 from rrvideo.stages import Cancel, Stages
 from rrvideo.tokens import Prefix, patchify
-from rrvideo.video import Frame, FrameStream
+from rrvideo.video import Frame, FrameStream, SamplePlan
 
 if TYPE_CHECKING:
     from rrattention.transformers import Observer
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Cancel", "Progress", "Watched", "new_cache", "watch"]
 
-Progress = Callable[[str, int, int], None]  # "frames" or "tokens", how many are done, and of how many
+# "decoded" or "frames" (which are encoded) or "tokens" (prefilled); how many are done, and of how many; and the seconds
+# that this stage has been at work.
+Progress = Callable[[str, int, int, float], None]
 
+UNITS = {"decode": "decoded", "encode": "frames", "prefill": "tokens"}  # what each stage tells of
 PATIENCE = 60.0  # seconds without a frame, after which a reader is thought to hang
 
 
@@ -176,28 +179,27 @@ def watch(
     """Prefill what `stream` shows, with the times of the frames that really come.
 
     A reader, an encoder and the caller's thread work ahead of each other by a chunk, so that no more than a few chunks
-    of frames exist at a time. `cache="offload"` keeps keys and values in the CPU's memory.
+    of frames exist at a time. `cache="offload"` keeps keys and values in the CPU's memory. `progress` is called
+    from any of the three, one at a time, and not when the watch is over.
     Raises `VideoError` if no frame can be decoded or none comes for a minute, `Cancelled` where `cancel` says so, and
     what goes wrong in any of the threads.
     """
     from rrattention.transformers import record
 
-    report = progress or (lambda stage, done, total: None)
     cancel = cancel or Cancel()
-    plan, stopwatch, step = stream.plan, _Stopwatch(), checkpoint.spec.temporal_patch_size
-    size, count = (plan.height, plan.width), chunk_frames(plan, step)
+    plan, stopwatch, step = stream.plan, _Stopwatch(progress), checkpoint.spec.temporal_patch_size
+    size, ahead = (plan.height, plan.width), chunk_frames(plan, step)
     # A reader may take as long as the video plays between two frames: it has to decode what lies there.
     patience = max(PATIENCE, *(after - before for before, after in pairwise(plan.times)), 0)
     planned = checkpoint.prefix(plan.times, size, timestamps=timestamps)
     kept = new_cache(checkpoint, len(planned), cache)
-    prefill = _Prefill(checkpoint, kept, len(planned), cancel, stopwatch, report)
+    prefill = _Prefill(checkpoint, kept, len(planned), cancel, stopwatch)
     times: list[float] = []
     as_planned = True
     with Stages(cancel) as stages, record() as recorded:
-        frames = stages.ahead(_decoded(stream, stopwatch), room=count, patience=patience)
-        for shown, features in stages.ahead(_encoded(checkpoint, frames, count, stopwatch), room=1):
+        frames = stages.ahead(_decoded(stream, stopwatch, stages), room=ahead, patience=patience)
+        for shown, features in stages.ahead(_encoded(checkpoint, frames, plan, stopwatch), room=1):
             times += shown
-            report("frames", len(times), len(plan.indices))
             as_planned = as_planned and tuple(times) == plan.times[: len(times)] and len(times) % step == 0
             prefix = planned if as_planned else checkpoint.prefix(times, size, timestamps=timestamps)
             prefill.extend(prefix, features)
@@ -220,12 +222,11 @@ class _Prefill:
         planned: int,
         cancel: Cancel,
         stopwatch: _Stopwatch,
-        report: Progress,
     ) -> None:
         from rrattention.transformers import settings
 
         self.checkpoint, self.cache, self.planned = checkpoint, cache, planned
-        self.cancel, self.stopwatch, self.report = cancel, stopwatch, report
+        self.cancel, self.stopwatch = cancel, stopwatch
         self.block = settings(checkpoint.model)[0].block_size
         self.chunk = max(chunk_tokens(checkpoint.device) // self.block, 1) * self.block
         self.features: list[torch.Tensor] = []  # of the visual tokens that are not prefilled yet
@@ -261,26 +262,31 @@ class _Prefill:
         ):
             embeddings = self.checkpoint.embed(prefix.input_ids[part], visual, taken)
             self.checkpoint.forward(embeddings[None], prefix.positions[:, None, part], self.cache)
-        self.report("tokens", part.stop, len(prefix) if last else self.planned)
+        self.stopwatch.tell("prefill", part.stop, len(prefix) if last else self.planned)
 
 
-def _decoded(stream: FrameStream, stopwatch: _Stopwatch) -> Generator[Frame]:
+def _decoded(stream: FrameStream, stopwatch: _Stopwatch, stages: Stages) -> Generator[Frame]:
     frames = iter(stream)
-    while True:
+    for done in count(1):
         with stopwatch("decode"):
             frame = next(frames, None)
         if frame is None:
             return
+        stages.check()  # a reader that was left to itself may come back when nobody listens any more
+        stopwatch.tell("decode", done, len(stream.plan.indices))
         yield frame
 
 
 def _encoded(
-    checkpoint: Checkpoint, frames: Iterator[Frame], count: int, stopwatch: _Stopwatch
+    checkpoint: Checkpoint, frames: Iterator[Frame], plan: SamplePlan, stopwatch: _Stopwatch
 ) -> Generator[tuple[list[float], torch.Tensor]]:
-    """Times and features of `count` frames at a time: whole temporal steps, except where the video ends within one."""
-    while chunk := list(islice(frames, count)):
+    """Times and features of a chunk of frames at a time: whole temporal steps, except where the video ends in one."""
+    size, done = chunk_frames(plan, checkpoint.spec.temporal_patch_size), 0
+    while chunk := list(islice(frames, size)):
         with stopwatch("encode", checkpoint.device):
             features = _encode(checkpoint, chunk)
+        done += len(chunk)
+        stopwatch.tell("encode", done, len(plan.indices))
         yield [frame.time for frame in chunk], features
 
 
@@ -295,14 +301,16 @@ def _encode(checkpoint: Checkpoint, frames: list[Frame]) -> torch.Tensor:
 
 
 class _Stopwatch:
-    """Adds up the seconds that each stage is at work, with what the device does for it.
+    """Adds up the seconds that each stage is at work, with what the device does for it, and tells how far it is.
 
     Stages share an accelerator, so there they take turns: to wait for it is not to be at work.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self._accelerator = threading.Lock()
+        self._progress = progress
+        self._telling = threading.Lock()
 
     @contextmanager
     def __call__(self, stage: str, device: torch.device | None = None) -> Iterator[None]:
@@ -313,3 +321,9 @@ class _Stopwatch:
             if shared:
                 torch.accelerator.synchronize(device)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        """Call `progress`, for one stage at a time."""
+        if self._progress:
+            with self._telling:
+                self._progress(UNITS[stage], done, total, self.seconds[stage])

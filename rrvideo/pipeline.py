@@ -331,8 +331,10 @@ class VideoQA:
 
         `fps`, `max_frames` and `sampling` choose its frames, as `video.plan_samples` does; with `fit` they are thinned
         to what the model takes. `timestamps` writes the frames' times into the prompt; left out, that is done for
-        models that cannot tell time otherwise. `progress` is called with "frames" or "tokens", how many are done, and
-        of how many. `cache="offload"` keeps the KV cache in the CPU's memory. `cancel` stops from another thread.
+        models that cannot tell time otherwise. `progress` is called with "decoded", "frames" (which are encoded) or
+        "tokens" (prefilled), how many are done, of how many, and the seconds that this stage has been at work: from
+        several threads, but one at a time. `cache="offload"` keeps the KV cache in the CPU's memory. `cancel` stops
+        from another thread.
         Raises `VideoError` if nothing of the file can be seen, `BudgetError` if the frames are too many, and
         `Cancelled`.
         """

@@ -73,6 +73,12 @@ class Stages:
         thread.start()
         return self._take(line, patience)
 
+    def check(self) -> None:
+        """Raise `Cancelled` if stopping was asked for, or if the `with` block has ended."""
+        self._cancel.check()
+        if self._over:
+            raise Cancelled("the watch has ended")
+
     def __enter__(self) -> Self:
         return self
 
@@ -107,14 +113,14 @@ class Stages:
             with self._changed:
                 deadline = time.monotonic() + patience
                 while not line.items and not line.ended:
-                    self._stop_if_over()
+                    self.check()
                     if time.monotonic() > deadline:
                         raise VideoError(
                             f"the reader has given no frame for {patience:g} seconds",
                             "the file or its disk does not answer; another reader may",
                         )
                     self._changed.wait(GLANCE)
-                self._stop_if_over()
+                self.check()
                 if not line.items:
                     break
                 item = line.items.popleft()
@@ -122,8 +128,3 @@ class Stages:
             yield item
         if line.error is not None:
             raise line.error
-
-    def _stop_if_over(self) -> None:
-        self._cancel.check()
-        if self._over:
-            raise Cancelled("the watch has ended")

@@ -28,13 +28,20 @@ class Status:
             self._write(f"{stage}\n")
         self._stage = stage
 
-    def watching(self, name: str) -> Callable[[str, int, int], None]:
-        """A progress callback for `VideoQA.watch`: frames and tokens are counted side by side."""
+    def watching(self, name: str) -> Callable[[str, int, int, float], None]:
+        """A progress callback for `VideoQA.watch`: frames and tokens are counted side by side.
+
+        Until the first are encoded it is decoded frames that are told.
+        """
         counts: dict[str, str] = {}
 
-        def progress(unit: str, done: int, total: int) -> None:
-            counts[unit] = f"{done:,} of {total:,} {unit}"
-            self.show(f"watching {name}", ", ".join(counts.values()))
+        def progress(unit: str, done: int, total: int, _: float) -> None:
+            count = f"{done:,} of {total:,} {unit}"
+            if unit != "decoded":
+                counts[unit] = count
+            elif counts:
+                return
+            self.show(f"watching {name}", ", ".join(counts.values()) or count)
 
         return progress
 

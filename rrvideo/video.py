@@ -244,7 +244,8 @@ def _clip(index: FrameIndex, start: float | None, end: float | None, warnings: l
     """The clip's bounds in seconds, where None stands for the video's own."""
     length = format_time(index.duration)
     if start is not None and not 0 <= start < index.duration:
-        raise VideoError(f"the clip starts at {start:g} s, but the video is {length} long ({index.duration:.2f} s)")
+        begin = f"{format_time(start)} ({start:.2f} s)" if start >= 0 else f"{start:g} s"
+        raise VideoError(f"the clip starts at {begin}, but the video is {length} long ({index.duration:.2f} s)")
     if end is not None and not end > (start or 0.0):
         raise VideoError(f"the clip ends at {end:g} s, before it starts; the video is {length} long")
     if end is not None and end > index.duration + 1:

@@ -71,7 +71,7 @@ def open_sample(page):
 
 def ask(page, question):
     """Ask, and return the text of the answer when it is complete."""
-    answers = page.locator("#chat .thought-group")
+    answers = page.locator("#chat .answer")
     before = answers.count()
     page.fill("#question textarea", question)
     page.press("#question textarea", "Enter")

@@ -187,6 +187,9 @@ class OneAfterTheOther:
     def ahead(self, source, **_):
         return source
 
+    def check(self):
+        pass
+
     def __enter__(self):
         return self
 

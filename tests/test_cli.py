@@ -314,7 +314,7 @@ def test_a_file_of_another_scan_is_a_known_failure(rrvideo, model, clip, tmp_pat
         (["ask", "missing.mp4", QUESTION], "missing.mp4", None),
         (["info", "missing.mp4"], "missing.mp4", None),
         (["ask", "CLIP", QUESTION, "--model", "no/such/folder"], "there is no model folder no/such/folder", "hub id"),
-        (["ask", "CLIP", QUESTION, "--model", "MODEL", "--clip", "2:00-"], "the clip starts at 120 s", None),
+        (["ask", "CLIP", QUESTION, "--model", "MODEL", "--clip", "2:00-"], "the clip starts at 2:00 (120.00 s)", None),
     ],
     ids=["no-file", "no-file-info", "no-model", "no-such-clip"],
 )
@@ -428,8 +428,9 @@ def test_frames_and_tokens_that_are_counted_by_turns_are_told_once(rrvideo, mode
 
     def counting(self, path, *, progress, **options):
         for done in range(1, 9):
-            progress("frames", done, 8)
-            progress("tokens", 80 * done, 1640)
+            progress("decoded", done, 8, 0.1 * done)
+            progress("frames", done, 8, 0.2 * done)
+            progress("tokens", 80 * done, 1640, 0.3 * done)
         return watch(self, path, **options)
 
     monkeypatch.setattr(VideoQA, "watch", counting)
@@ -441,6 +442,9 @@ def test_frames_and_tokens_that_are_counted_by_turns_are_told_once(rrvideo, mode
     monkeypatch.setenv("COLUMNS", "80")
     rrvideo("ask", clip, QUESTION, "--model", model, "--max-new-tokens", 3)
     assert "\r\033[Kwatching clip.mp4 3 of 8 frames, 240 of 1,640 tokens\r" in terminal.getvalue()
+    parts = terminal.getvalue().split("\r\033[K")
+    assert [part for part in parts if "decoded" in part] == ["watching clip.mp4 1 of 8 decoded"]
+    assert len([part for part in parts if "watching" in part]) == 1 + 2 * 8  # nothing is written twice
 
 
 def test_damage_is_told_beside_the_answer(rrvideo, model, tmp_path):

@@ -8,6 +8,8 @@ from chatting import served
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
+from rrdemo.api import _Way
+from rrdemo.conversation import Phase, Queued
 from rrvideo import VideoQA
 from rrvideo.cli import SAMPLE
 from rrvideo.tiny.sample import sample_world
@@ -63,11 +65,47 @@ def test_an_answer_comes_piece_by_piece(client):
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"fps": 0}, "minimum"), ({"start": "1:99"}, "59"), ({"start": "50", "end": "40"}, "ends before it starts")],
+    [
+        ({"fps": 0}, "frames per second must be a number above 0"),
+        ({"fps": 1e9}, "1,000 at most"),
+        ({"max_frames": -1}, "frames at most must be a whole number above 0"),
+        ({"max_frames": 800}, "ask for 768 at most"),
+        ({"start": "1:99"}, "59"),
+        ({"start": "-5"}, "got '-5'"),
+        ({"start": "50", "end": "40"}, "ends before it starts"),
+        ({"start": "2:00"}, r"starts at 2:00 \(120.00 s\), but the video is 1:00 long"),
+    ],
+    ids=str,
 )
-def test_what_cannot_be_is_told_in_words(client, options, told):
+def test_what_cannot_be_is_told_in_words_and_is_nothing_for_the_log(client, options, told, capfd, caplog):
     with pytest.raises(AppError, match=told):
         client.predict(handle_file(SAMPLE), **options, api_name="/watch")
+    assert "Traceback" not in "".join(capfd.readouterr()) + caplog.text
+
+
+def test_a_phase_is_told_of_at_most_ten_times_a_second_and_always_at_its_end():
+    now, frames = iter((0.0, 0.05, 0.11, 0.12, 0.13)), (0, 1, 2, 3)
+    way = _Way(clock=lambda: next(now))
+    told = [each["done"] for done in frames for each in way.told(Phase("decode", done, 3, 0.1))]
+    end = [*way.told(Phase("decode", 3, 3, 0.1, finished=True))]
+
+    assert told == [0, 2]
+    assert end == [{"state": "watching", "phase": "decode", "done": 3, "total": 3, "seconds": 0.1}]
+    assert [*way.told(Queued(2))] == [{"state": "waiting", "position": 2}]
+
+
+def test_a_client_that_listens_is_told_of_each_phase_now_and_then_and_of_its_end(client):
+    told = [
+        each for each in client.submit(handle_file(SAMPLE), fps=4, api_name="/watch") if each["state"] == "watching"
+    ]
+
+    for phase, total in (("decode", 240), ("encode", 240)):
+        done = [each["done"] for each in told if each["phase"] == phase]
+        assert done == sorted(done)
+        assert (done[0], done[-1]) == (0, total)
+        assert len(done) < 60  # not every frame
+        seconds = [each["seconds"] for each in told if each["phase"] == phase]
+        assert seconds == sorted(seconds)
 
 
 def test_a_question_without_a_video_is_told_in_words_and_so_is_what_is_no_video(chat, client, tmp_path):

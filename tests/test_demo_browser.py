@@ -11,63 +11,24 @@ from chatting import (
     SLIDER,
     UPLOAD,
     ask,
-    browser,
     clear,
     observe,
     open_sample,
     opened,
     position,
     seeks_to,
-    served,
     session_of,
 )
 
+from rrdemo.answers import original
 from rrdemo.conversation import Settings
-from rrvideo import engine, video
+from rrvideo import engine
 from rrvideo.cli import SAMPLE
 from rrvideo.tiny.sample import sample_world
 
 pytest.importorskip("playwright")
+pytest_plugins = ["browsing"]
 FIRST, LAST = (sample_world().scenes[number].name for number in (0, -1))
-LARGEST = 1_000_000  # bytes of an upload
-WAIT = 20_000  # milliseconds
-
-
-@pytest.fixture(scope="module")
-def chat():
-    with served(upload_bytes=LARGEST) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def context(chromium):
-    """One profile for all pages, which spares them loading the same scripts; each page is a person of its own."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(WAIT)
-    yield context
-    context.close()
-
-
-@pytest.fixture(scope="module")
-def sample_page(context, chat):
-    with opened(context, chat) as page:
-        open_sample(page)
-        page.get_by_text("Clip, frames and attention").click()
-        page.get_by_text("Take it with you").click()
-        yield page
-
-
-@pytest.fixture
-def page(sample_page):
-    """A page on which the sample is open, watched or not; others have used it before, and left it as it was."""
-    yield sample_page
-    assert sample_page.problems == []
 
 
 @pytest.fixture
@@ -76,21 +37,6 @@ def watches(monkeypatch):
     watched, watch = [], engine.watch
     monkeypatch.setattr(engine, "watch", lambda *args, **options: watched.append(1) or watch(*args, **options))
     return watched
-
-
-@pytest.fixture
-def frames(monkeypatch):
-    """A reader that takes its time, and counts the frames that it has read."""
-    read, numbers = video.READERS["pyav"], []
-
-    def slow(*args, **options):
-        for number, image in read(*args, **options):
-            numbers.append(number)
-            time.sleep(0.04)
-            yield number, image
-
-    monkeypatch.setitem(video.READERS, "pyav", slow)
-    return numbers
 
 
 def test_a_video_is_uploaded_watched_once_with_progress_and_asked_twice(context, chat, tmp_path, frames, watches):
@@ -108,22 +54,14 @@ def test_a_video_is_uploaded_watched_once_with_progress_and_asked_twice(context,
         seen = "\n".join(page.evaluate("window.seen"))
         assert {int(done) for done in re.findall(r"(\d+) of 60 frames", seen)} > {0, 60}
         assert all(phase in seen for phase in ("Decode", "Encode", "Prefill"))
-        assert page.get_by_role("button", name="Watched").is_disabled()
+        page.get_by_role("button", name="Watched", disabled=True).wait_for()
 
         assert FIRST in ask(page, "What appears first?")
         assert LAST in ask(page, "What appears last?")
         assert watches == [1]
 
 
-def test_an_answer_is_written_piece_by_piece(page, monkeypatch):
-    generate = engine.Watched.generate
-
-    def slow(self, *args, **options):
-        for token in generate(self, *args, **options):
-            time.sleep(0.15)
-            yield token
-
-    monkeypatch.setattr(engine.Watched, "generate", slow)
+def test_an_answer_is_written_piece_by_piece(page, slow_words):
     observe(page, "#chat .bot-row .message-content")
     answer = ask(page, "What appears first?").splitlines()[0]
     seen = [text.splitlines()[0] for text in page.evaluate("window.seen") if text.strip()]
@@ -151,7 +89,7 @@ def test_times_and_pictures_of_moments_seek_the_player(page):
 
 
 def test_the_timeline_seeks_by_mouse_and_by_key_and_says_what_nobody_saw(page):
-    assert "nobody saw" in page.inner_text("#timeline")
+    assert "what lies between two" in page.inner_text("#timeline")
     track = page.locator(SLIDER)
     box = track.bounding_box()
     page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
@@ -214,7 +152,7 @@ def test_questions_are_edited_asked_again_taken_back_and_forgotten(page):
     page.get_by_role("radio", name="Full attention").check()
     page.wait_for_selector("#watch:not([disabled])")
     page.get_by_role("button", name="Retry").click()
-    page.wait_for_selector("#chat .thought-group :text('full attention')")
+    page.wait_for_selector("#chat .figures :text('full attention')")
     assert page.get_by_role("slider", name="Tau").is_disabled()
     page.get_by_role("radio", name="RRAttention").check()
 
@@ -230,7 +168,7 @@ def test_what_is_written_in_a_chat_is_shown_as_it_is(page):
     clear(page)
     ask(page, hostile)
 
-    assert page.locator("#chat .user-row").first.inner_text().strip() == hostile
+    assert original(page.locator("#chat .user-row").first.inner_text()).strip() == hostile
     assert page.locator("#chat .user-row :is(img, a, b, strong, code, .katex)").count() == 0
 
 
@@ -239,7 +177,7 @@ def test_a_clip_is_taken_from_where_the_player_stands(page):
     page.get_by_role("button", name="From where the player stands").click()
     page.wait_for_selector("#plan :text('30 frames')")
     assert page.get_by_label("Clip from").input_value() == "30"
-    assert page.locator("#timeline .outside").count() == 1
+    assert page.locator("#timeline :is(.outside, .planned)").count() == 1
 
     page.get_by_label("Clip from").fill("nonsense")
     page.wait_for_selector("#plan [role=alert]")
@@ -271,7 +209,7 @@ def test_what_is_no_video_is_refused_and_what_was_open_stays_open(page, tmp_path
     path.write_bytes(content)
     source = page.get_attribute("#player video", "src")
     page.set_input_files(UPLOAD, path)
-    page.wait_for_selector("#notice [role=alert]:has-text('film.mp4')")
+    page.wait_for_selector("#refusal [role=alert]:has-text('film.mp4')")
 
     assert page.get_attribute("#player video", "src") == source
     assert FIRST in ask(page, "What appears first?")
@@ -279,12 +217,17 @@ def test_what_is_no_video_is_refused_and_what_was_open_stays_open(page, tmp_path
 
 def test_a_file_that_is_too_large_is_refused(context, chat, tmp_path):
     path = tmp_path / "large.mp4"
-    path.write_bytes(SAMPLE.read_bytes() + bytes(LARGEST))
+    path.write_bytes(SAMPLE.read_bytes() + bytes(1_000_000))
     with opened(context, chat) as page:
         page.set_input_files(UPLOAD, path)
-        page.wait_for_selector("text=/maximum allowed size/i")
+        page.wait_for_selector("#too-large:has-text('larger than 1 MB')")
+        assert page.locator(".toast-body").count() == 0
         assert page.locator("#player video").count() == 0
-        page.problems.clear()  # Chromium and Gradio's script complain of the refusal
+
+        path.write_bytes(SAMPLE.read_bytes())
+        page.set_input_files(UPLOAD, path)
+        page.wait_for_selector("#player video")
+        assert page.locator("#too-large").is_hidden()
 
 
 def test_two_people_do_not_see_each_others_files(context, chat, page):
@@ -335,13 +278,12 @@ def test_everything_that_can_be_used_has_a_name(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_background(page, scheme):
     ask(page, "What appears first?")
-    page.locator("#chat .thought-group [role=button]").last.press("Enter")
     page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
     page.wait_for_timeout(400)
     poor = page.evaluate(CONTRAST)
     page.evaluate("document.body.classList.remove('dark')")
 
-    assert page.locator("#chat table").count() > 0
+    assert page.locator("#chat .figures").count() > 0
     assert poor == []
 
 

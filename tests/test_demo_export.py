@@ -1,7 +1,12 @@
 """A conversation on its way out: as Markdown, JSON, a command and pictures; and the examples on their way in."""
 
+import html
 import json
+import re
 import shlex
+import shutil
+import subprocess
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -17,7 +22,7 @@ from rrdemo.conversation import FileView, Settings, Turn
 from rrdemo.samples import Sample, samples
 from rrdemo.thumbnails import strongest
 from rrvideo import Evidence, RRVideoError, Timings, Usage
-from rrvideo.cli import SAMPLE, _parser
+from rrvideo.cli import SAMPLE, _parser, _path
 from rrvideo.frameindex import scan
 from rrvideo.options import watch_options
 from rrvideo.tiny.world import draw_world
@@ -30,11 +35,20 @@ ANSWERED = Turn(
     settings=Settings(start=1.5, end=61.25, fps=0.5, max_frames=100, sampling="keyframes", tau=0.9),
     evidence=(Evidence(60.0, 62.0, 0.75),),
     attention=((0.0, 0.25), (60.0, 0.75)),
-    timings=Timings(1.0, 2.0, 3.0, 0.5),
+    timings=Timings(1.0, 2.0, 3.0, 0.027),
     density=0.4,
     usage=Usage(30, 900, 1000, 12),
-    interval=2.0,
+    interval=1800.0,
     speed_up=1.5,
+    compared=Settings(attention="full"),
+)
+HOSTILE = (
+    "<script>alert(1)</script> <img src=x onerror=alert(1)>",
+    "[a link](http://a.example) ![a picture](http://b.example/c.png) <http://d.example>",
+    "*bold* __too__ ~~not~~ `code` $$x^2$$ | a | table | &lt; &amp; \\* \\\\",
+    "# heading\n- list\n+ list\n=====\n1. one\n1234) many\n    indented\n\ttoo\n```\nfence\n```",
+    "1.",
+    "http://a.example www.b.example c@d.example it's 3*4*5 and a_b_c",
 )
 STOPPED = Turn("-And then?", "It", Settings(attention="full"), stopped=True)
 
@@ -62,6 +76,27 @@ def test_the_command_asks_the_same_with_the_same_settings(settings, model):
     assert read["fit"]  # as the chat does
 
 
+def test_the_command_for_an_example_finds_it_and_does_not_say_whose_home_it_lies_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    bundled, drawn, _ = samples()
+    shutil.copyfile(SAMPLE, make_parent(Path(drawn.source)))
+
+    for sample in (bundled, drawn):
+        words = export.command(replace(FILE, name=sample.name, source=sample.source), "tiny", [ANSWERED])
+        assert str(tmp_path) not in words
+        shown = subprocess.run(["sh", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True)
+        video = shown.stdout.splitlines()[shown.stdout.splitlines().index("--") + 1]
+        assert probe(_path(video)).duration == 60
+    elsewhere = replace(FILE, source="/var/my cache/upright.mp4")
+    assert shlex.split(export.command(elsewhere, "tiny", [ANSWERED]))[-2] == elsewhere.source
+
+
+def make_parent(path):
+    path.parent.mkdir(parents=True)
+    return path
+
+
 def test_there_is_no_command_before_there_is_a_question():
     assert export.command(None, "tiny", [ANSWERED]) == export.command(FILE, "tiny", []) == ""
 
@@ -77,16 +112,34 @@ def test_markdown_says_all_and_makes_nothing_of_what_people_and_models_write():
     assert kinds.count("heading_open") == 3
     assert not {"html_block", "html_inline", "link_open", "ordered_list_open", "code_block"} & {*kinds}
     assert kinds.count("list_item_open") == 1  # the moment
-    for words in (*ANSWERED.question.split("\n"), *ANSWERED.answer.split("\n"), "1:00-1:02: 75 %", "(stopped)"):
+    for words in (*ANSWERED.question.split("\n"), *ANSWERED.answer.split("\n"), "1:00-1:02: 75 %", "Stopped."):
         assert words in read
     for words in (
-        "keyframes sampling, 0.5 frames a second, 100 at most, 0:01 to 1:01; RRAttention, tau 0.9",
-        "density 0.40",
+        "Keyframes sampling, 0.5 frames a second, 100 at most, 0:01 to 1:01; RRAttention, tau 0.9. 30 frames",
+        "Density 0.40",
+        "Uniform sampling, 1 frame a second, 768 at most; full attention",
     ):
         assert words in read
-    assert "at most 2 s apart; 1,000 tokens. decode 1.0 s, encode 2.0 s, prefill 3.0 s, answer 0.5 s" in read
-    assert "full attention took 1.50 times as long" in read
+    assert "at most 1,800 s apart; 1,000 tokens. Decode 1.0 s, encode 2.0 s, prefill 3.0 s, answer 27 ms" in read
+    assert "Prefill took 1.50 times as long with full attention" in read
     assert FILE.path not in text
+
+
+def test_markdown_says_where_there_is_no_answer_and_what_one_was_compared_with():
+    silent = replace(ANSWERED, answer=" ", settings=Settings(attention="full"), compared=Settings(tau=0.6))
+    text = export.markdown(FILE, "tiny", [silent, replace(STOPPED, answer="")])
+
+    assert "*The model said nothing.*" in text
+    assert "*Stopped before an answer.*" in text
+    assert "Prefill took 1.50 times as long with RRAttention, tau 0.6" in text
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_outside_text_is_shown_as_it_is_and_never_becomes_markup(text):
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(export.escape_markdown(text))
+
+    assert set(re.findall(r"</?(\w+)", page)) <= {"p", "br"}
+    assert html.unescape(re.sub(r"<[^>]*>", "", page)).split() == text.split()
 
 
 def test_json_holds_all_but_where_the_file_lies():

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from contextlib import ExitStack
+from itertools import islice
 
 import pytest
 from checkpoints import make_checkpoint
@@ -17,6 +18,7 @@ from rrdemo.guard import Limits
 from rrdemo.studio import Line, Studio
 from rrvideo import BudgetError, Cancel, Cancelled, RRConfig, RRVideoError, VideoQA, engine
 from rrvideo.frameindex import scan
+from rrvideo.video import FrameStream
 
 SPARSE = RRConfig(block_size=16, stride=4, tau=0.3, min_tokens=0)
 SOON = 20.0  # seconds in which whatever is to happen has happened
@@ -129,7 +131,7 @@ def test_who_is_cancelled_leaves_the_line_and_too_many_are_not_let_in():
         wait_for(lambda: len(line) == 2)
         cancelled = Cancel()
         cancelled.cancel()
-        with pytest.raises(RRVideoError, match="1 people are waiting"), line.turn(cancelled, print):
+        with pytest.raises(RRVideoError, match="1 person is waiting"), line.turn(cancelled, print):
             pass
         cancel.cancel()
         waiting.join(SOON)
@@ -178,7 +180,35 @@ def test_a_watch_tells_of_each_phase_and_ends_with_its_own_seconds(make_studio, 
         assert (told[0].done, told[-1].done) == (0, told[-1].total)
         assert [event.finished for event in told] == [False] * (len(told) - 1) + [True]
         assert told[-1].seconds == video.seconds[name]
+        assert [event.seconds for event in told] == sorted(event.seconds for event in told)
     assert phases["encode"][-1].total == len(video.plan.indices) == 24
+    assert [event.done for event in phases["decode"]] == [*range(25), 24]  # each frame, and not when it is encoded
+
+
+def test_what_could_not_be_decoded_is_not_told_as_done(make_studio, index, monkeypatch):
+    studio, events, iterate = make_studio(), [], FrameStream.__iter__
+    monkeypatch.setattr(FrameStream, "__iter__", lambda stream: islice(iterate(stream), 18))
+    video = use(studio, "a", index, ALL, events=events)
+    last = {event.name: event for event in events if isinstance(event, Phase)}
+
+    assert all(event.finished for event in last.values())
+    assert (last["decode"].done, last["decode"].total, last["encode"].done) == (18, 24, 18)
+    assert last["prefill"].done == last["prefill"].total == len(video._watched.prefix)
+
+
+def test_frames_are_told_as_they_are_decoded_before_any_is_encoded(make_studio, index, monkeypatch):
+    studio, events, encode, by_then = make_studio(), [], engine._encode, []
+
+    def encoding(*arguments):
+        by_then.append(max(event.done for event in events if isinstance(event, Phase) and event.name == "decode"))
+        return encode(*arguments)
+
+    monkeypatch.setattr(engine, "_encode", encoding)
+    use(studio, "a", index, ALL, events=events)
+    phases = [event for event in events if isinstance(event, Phase) and event.done and not event.finished]
+
+    assert by_then == [24]
+    assert [event.name for event in phases][:25] == ["decode"] * 24 + ["encode"]
 
 
 def test_both_kinds_of_attention_watch_with_one_set_of_weights(make_studio, index, qa):
@@ -240,7 +270,7 @@ def test_a_watch_that_needs_more_than_there_is_says_so_before_it_begins(make_stu
 
     with pytest.raises(BudgetError, match="fewer frames"):
         use(studio, "a", index, ALL)
-    with pytest.raises(BudgetError, match="ask for at most 10"):
+    with pytest.raises(BudgetError, match=r"768 frames are more .* \(ask for 10 at most"):
         use(make_studio(limits=Limits(max_frames=10)), "a", index, ALL)
     assert (studio.taken, studio.idle) == (0, True)
 

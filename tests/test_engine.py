@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import threading
+import time
+from threading import enumerate as threads
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from rrvideo import budget, engine
 from rrvideo.errors import BudgetError, VideoError
 from rrvideo.model import load
 from rrvideo.tokens import patchify
-from rrvideo.video import Frame, read_frames
+from rrvideo.video import Frame, FrameStream, read_frames
 
 QUESTION = "What colour is the circle?"
 OTHERS = ["How many scenes are there?", "Describe the video. " * 8]
@@ -219,12 +222,60 @@ def test_progress_counts_frames_and_tokens(folders, clip, monkeypatch):
     found = engine.watch(checkpoint, stream, timestamps=True, progress=lambda *call: calls.append(call))
     tokens = len(found.prefix)
 
-    assert [call for call in calls if call[0] == "frames"] == [("frames", 8, 12), ("frames", 12, 12)]
+    assert [call[:3] for call in calls if call[0] == "decoded"] == [("decoded", done, 12) for done in range(1, 13)]
+    assert [call[:3] for call in calls if call[0] == "frames"] == [("frames", 8, 12), ("frames", 12, 12)]
     counts = [call[1] for call in calls if call[0] == "tokens"]
     assert counts == [*range(320, tokens - 64, 320), tokens]
     assert all(call[2] == tokens for call in calls if call[0] == "tokens")
     assert {*found.seconds} == {"decode", "encode", "prefill"}
-    assert all(seconds > 0 for seconds in found.seconds.values())
+    for unit, stage in (("decoded", "decode"), ("frames", "encode"), ("tokens", "prefill")):
+        seconds = [0.0, *(call[3] for call in calls if call[0] == unit), found.seconds[stage]]
+        assert seconds == sorted(seconds)
+        assert 0 < seconds[1] <= seconds[-1]
+
+
+def test_progress_is_told_as_it_is_made_by_one_thread_at_a_time(loaded, clip, monkeypatch):
+    monkeypatch.setattr(budget, "CHUNK_FRAMES", 2)
+    monkeypatch.setattr(engine, "chunk_tokens", lambda device: 64)
+    encoding, told, at_once, most = threading.Event(), [], [], []
+    encode = engine._encode
+
+    def progress(unit, *_):
+        at_once.append(unit)
+        most.append(len(at_once))
+        time.sleep(0.005)
+        told.append((unit, encoding.is_set()))
+        at_once.remove(unit)
+
+    def first_waits(*arguments):
+        time.sleep(0.3 * (not encoding.is_set()))  # time for the reader to go ahead
+        encoding.set()
+        return encode(*arguments)
+
+    monkeypatch.setattr(engine, "_encode", first_waits)
+    engine.watch(loaded["qwen2_vl"], read_frames(budget.plan(loaded["qwen2_vl"], clip, **SAMPLING)), progress=progress)
+
+    assert {*most} == {1}
+    assert told.count(("decoded", False)) >= 3  # before anything is encoded
+
+
+def test_a_reader_that_comes_back_after_the_watch_tells_nothing(loaded, clip, monkeypatch):
+    monkeypatch.setattr(engine, "PATIENCE", 0.1)
+    plan, gate, told, before = budget.plan(loaded["qwen2_vl"], clip, **SAMPLING), threading.Event(), [], [*threads()]
+
+    class Hanging(FrameStream):
+        def __iter__(self):
+            for frame in super().__iter__():
+                yield frame
+                gate.wait(20)
+
+    with pytest.raises(VideoError, match="has given no frame"):
+        engine.watch(loaded["qwen2_vl"], Hanging(plan, "pyav"), progress=lambda *call: told.append(call))
+    (reader,) = {*threads()} - {*before}
+    gate.set()
+    reader.join(20)
+    assert not reader.is_alive()
+    assert [call[:2] for call in told] == [("decoded", 1)]
 
 
 @pytest.fixture(scope="module")

@@ -83,8 +83,8 @@ def test_a_clip_between_two_frames_holds_the_one_on_screen(clip):
 @pytest.mark.parametrize(
     ("start", "end", "message"),
     [
-        (10.5, None, "starts at 10.5 s, but the video is 0:10 long"),
-        (10.0, 12.0, "starts at 10 s, but the video is 0:10 long"),
+        (10.5, None, r"starts at 0:10 \(10.50 s\), but the video is 0:10 long \(10.00 s\)"),
+        (10.0, 12.0, r"starts at 0:10 \(10.00 s\), but the video is 0:10 long"),
         (-1.0, None, "starts at -1 s"),
         (5.0, 4.0, "ends at 4 s, before it starts; the video is 0:10 long"),
         (5.0, 5.0, "ends at 5 s, before it starts"),

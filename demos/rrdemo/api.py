@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 
-from rrdemo.conversation import Done, Note, Phase, Piece, Queued, Settings, Watched
+from rrdemo.conversation import Done, Event, Note, Phase, Piece, Queued, Settings, Watched
 from rrdemo.handlers import Handlers, read_settings
 from rrvideo.errors import RRVideoError
 
 __all__ = ["Endpoints"]
+
+GLANCE = 0.1  # seconds between two words about a phase: each frame is none of a program's business
 
 Document = dict[str, Any]  # as JSON takes it
 
@@ -30,7 +34,7 @@ class Endpoints:
         start: str,
         end: str,
         fps: float,
-        max_frames: float,
+        max_frames: int,
         sampling: str,
         attention: str,
         tau: float,
@@ -42,13 +46,10 @@ class Endpoints:
                 raise RRVideoError("no video was given", 'pass video=handle_file("match.mp4")')
             settings = read_settings(start, end, fps, max_frames, sampling, attention, tau)
             file = session.open_file(video)
-            notes = [*file.warnings]
+            notes, way = [*file.warnings], _Way()
             for event in session.watch(settings):
+                yield from way.told(event)
                 match event:
-                    case Queued(position):
-                        yield {"state": "waiting", "position": position}
-                    case Phase(name, done, total):
-                        yield {"state": "watching", "phase": name, "done": done, "total": total}
                     case Note(text):
                         notes.append(text)
                     case Watched(plan, seconds, density):
@@ -58,9 +59,10 @@ class Endpoints:
     def ask(self, request: gr.Request, question: str) -> Iterator[Document]:
         """Answer a question about the video that was watched; first comes what there is of it, last all."""
         session = self.handlers.session(request)
-        answer, notes = "", []
+        answer, notes, way = "", [], _Way()
         with _told():
             for event in session.ask(question, session.settings or Settings()):
+                yield from way.told(event)
                 match event:
                     case Piece(text):
                         answer += text
@@ -71,10 +73,28 @@ class Endpoints:
                         yield {"state": "done", **turn.to_dict(), "notes": notes}
 
 
+class _Way:
+    """How far it is to what was asked for: of each phase now and then, and always when it is complete."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: dict[str, float] = {}  # by phase, when it was told of
+
+    def told(self, event: Event) -> Iterator[Document]:
+        match event:
+            case Queued(position):
+                yield {"state": "waiting", "position": position}
+            case Phase(name, done, total, seconds, finished):
+                now = self._clock()
+                if finished or now - self._last.get(name, -math.inf) >= GLANCE:
+                    self._last[name] = now
+                    yield {"state": "watching", "phase": name, "done": done, "total": total, "seconds": seconds}
+
+
 @contextmanager
 def _told() -> Iterator[None]:
-    """Known failures in the words that a client gets to read."""
+    """Known failures in the words that a client gets to read; the server's log has no need of them."""
     try:
         yield
     except RRVideoError as error:
-        raise gr.Error(str(error)) from error
+        raise gr.Error(str(error), print_exception=False) from error

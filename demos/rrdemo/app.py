@@ -52,7 +52,7 @@ def build(studio: Studio, visitors: Visitors) -> gr.Blocks:
         _wire_video(page, handlers, [handlers.open_sample(sample) for sample in examples])
         _wire_conversation(page, handlers)
         _wire_exports(page, handlers)
-        gr.Timer(NOTES_EVERY).tick(handlers.notes, outputs=page.notice, **QUICK)
+        gr.Timer(NOTES_EVERY).tick(handlers.notes, page.settings, [page.notice, *page.plan_and_buttons], **QUICK)
         app.unload(handlers.leave)
     app.queue(max_size=studio.limits.waiting + THREADS, default_concurrency_limit=None)
     return app
@@ -60,8 +60,8 @@ def build(studio: Studio, visitors: Visitors) -> gr.Blocks:
 
 def _wire_video(page: Page, handlers: Handlers, opened: Sequence[Callable[..., Any]]) -> None:
     outputs = [
-        *(page.upload, page.player, page.start, page.end, page.plan, page.timeline, page.moments, page.chat),
-        *(page.progress, page.notice, page.command, page.watch, page.ask, page.stop),
+        *(page.upload, page.refusal, page.player, page.start, page.end, page.moments, page.chat, page.progress),
+        *(page.notice, page.command, *page.plan_and_buttons),
     ]
     options = {"outputs": outputs, "api_visibility": "private", "show_progress_on": page.upload}
     page.upload.upload(handlers.open, [page.upload, *page.settings], **options)
@@ -71,7 +71,7 @@ def _wire_video(page: Page, handlers: Handlers, opened: Sequence[Callable[..., A
         [component.change for component in page.settings],
         handlers.plan,
         page.settings,
-        [page.plan, page.timeline, page.watch, page.ask, page.stop],
+        page.plan_and_buttons,
         trigger_mode="always_last",
         **QUIET,
     )
@@ -83,18 +83,33 @@ def _wire_video(page: Page, handlers: Handlers, opened: Sequence[Callable[..., A
 
 
 def _wire_conversation(page: Page, handlers: Handlers) -> None:
-    rest = [
-        *(page.chat, page.plan, page.timeline, page.moments, page.progress, page.notice, page.command),
-        *(page.watch, page.ask, page.stop),
+    rest = [page.chat, page.moments, page.progress, page.notice, page.command, page.returned]
+    work = {"outputs": [page.question, *rest, page.watch, page.ask, page.stop], **QUIET}
+    asking = gr.on(
+        [page.ask.click, page.question.submit],
+        handlers.ask,
+        [page.question, *page.settings],
+        trigger_mode="multiple",  # so that who asks while an answer is written is told to wait
+        **work,
+    )
+    begun = [
+        asking,
+        page.watch.click(handlers.watch, page.settings, **work),
+        page.chat.example_select(handlers.ask_example, page.settings, **work),
+        page.chat.retry(handlers.regenerate, page.settings, **work),
+        page.chat.edit(handlers.edit, page.settings, **work),
+        page.chat.undo(handlers.undo, None, rest, **QUIET),
+        page.chat.clear(handlers.clear, None, rest, **QUIET),
     ]
-    work = {"outputs": [page.question, *rest], **QUIET}
-    page.watch.click(handlers.watch, page.settings, **work)
-    gr.on([page.ask.click, page.question.submit], handlers.ask, [page.question, *page.settings], **work)
-    page.chat.example_select(handlers.ask_example, page.settings, **work)
-    page.chat.retry(handlers.regenerate, page.settings, **work)
-    page.chat.edit(handlers.edit, page.settings, **work)
-    page.chat.undo(handlers.undo, page.settings, **work)
-    page.chat.clear(handlers.clear, page.settings, **work)
+    for event in begun:
+        event.then(handlers.plan, page.settings, page.plan_and_buttons, **QUIET)
+        event.then(
+            None,
+            [page.question, page.returned],
+            page.question,
+            js="(written, returned) => written || returned",
+            api_visibility="private",
+        )
     page.stop.click(handlers.stop, **QUICK)
 
 
@@ -149,14 +164,14 @@ def serve(
 ) -> Served:
     """Start the app and return while it runs; `port` None takes a free one.
 
-    Raises `RRVideoError` if the port is taken.
+    Raises `RRVideoError` if the port is taken; then nothing is left behind.
     """
     folder = Path(tempfile.mkdtemp(prefix="rrvideo-demo-"))
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # where Gradio puts uploads: not beside those of other apps
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)
     visitors = Visitors(studio)
-    app = build(studio, visitors)
     try:
+        app = build(studio, visitors)
         _, url, shared = app.launch(
             server_name=host,
             server_port=port,
@@ -179,10 +194,17 @@ def serve(
             head=_head(),
             app_kwargs={"routes": [Route("/video/{session_id}", partial(_video, visitors))]},
         )
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise RRVideoError(f"the server cannot start: {error}", "choose another --port") from error
+        if isinstance(error, OSError):
+            raise RRVideoError(_refusal(host, port), "choose another --port, or --host") from error
+        raise
     return Served(shared or url, app, visitors, folder)
+
+
+def _refusal(host: str, port: int | None) -> str:
+    """Why the server does not start, in place of Gradio's words, which name options that are not ours."""
+    return f"the server cannot listen on {host}" + (f", port {port}: is it taken?" if port else "")
 
 
 def _head() -> str:

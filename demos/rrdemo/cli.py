@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rrvideo import options
-from rrvideo.clock import parse_clip
+from rrvideo.clock import parse_time
 from rrvideo.errors import RRVideoError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_model(parser)
     where = parser.add_argument_group("who can reach it")
     where.add_argument("--host", metavar="H", default="127.0.0.1", help="listen on this address (default: 127.0.0.1)")
-    where.add_argument("--port", metavar="N", type=options.count, default=PORT, help=f"(default: {PORT})")
+    where.add_argument("--port", metavar="N", type=_port, default=PORT, help=f"(default: {PORT})")
     where.add_argument("--share", action="store_true", help="a public address, through Gradio's tunnel")
     where.add_argument(
         "--auth",
@@ -166,10 +166,18 @@ def _warn_of_strangers(arguments: argparse.Namespace, auth: tuple[str, str] | No
         raise RRVideoError("this needs --auth USER:PASSWORD, or --yes", "--yes says that you mean it")
 
 
+def _port(text: str) -> int:
+    port = options.count(text)
+    if port > 65535:
+        raise argparse.ArgumentTypeError(f"must be 65535 at most, got {text!r}")
+    return port
+
+
 def _length(text: str) -> float:
     try:
-        seconds = parse_clip(f"-{text}")[1]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a time such as 1:30:00, got {text!r}") from error
-    assert seconds is not None
+        seconds = parse_time(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"must be a time such as 1:30:00, got {text!r}")
     return seconds

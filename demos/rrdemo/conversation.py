@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,10 +13,12 @@ if TYPE_CHECKING:
     from rrvideo.pipeline import Timings, Usage
 
 __all__ = [
+    "Answering",
     "Done",
     "Event",
     "FileView",
     "Note",
+    "Pause",
     "Phase",
     "PhaseName",
     "Piece",
@@ -47,20 +50,26 @@ class Settings:
     tau: float = 0.95  # of RRAttention; full attention has none
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps <= 1000:
-            raise RRVideoError("frames per second must be a number above 0, and 1000 at most", "1 is a good start")
-        if self.max_frames < 1 or self.max_frames != int(self.max_frames):
-            raise RRVideoError("the frame budget must be a whole number above 0", "768 is what most models take")
+        if not (_is_number(self.fps) and 0 < self.fps <= 1000):
+            raise RRVideoError("frames per second must be a number above 0, and 1,000 at most", "1 is a good start")
+        if not (_is_number(self.max_frames) and self.max_frames >= 1 and self.max_frames == int(self.max_frames)):
+            raise RRVideoError("frames at most must be a whole number above 0", "768 is what most models take")
+        object.__setattr__(self, "max_frames", int(self.max_frames))  # which JSON may have made 768.0
         if self.sampling not in ("uniform", "keyframes"):
             raise RRVideoError(f"sampling is uniform or keyframes, not {self.sampling}")
         if self.attention not in ("rr", "full"):
             raise RRVideoError(f"attention is rr or full, not {self.attention}")
-        if not 0 < self.tau <= 1:
+        if not (_is_number(self.tau) and 0 < self.tau <= 1):
             raise RRVideoError("tau is a share above 0, and 1 at most", "0.95 is the paper's")
         if self.start is not None and not self.start >= 0:
             raise RRVideoError("the clip cannot start before the video does")
         if self.end is not None and not self.end > (self.start or 0):
             raise RRVideoError("the clip ends before it starts", "choose a later end, or none")
+
+    @property
+    def mode(self) -> str:
+        """The kind of attention in words, with its tau."""
+        return f"RRAttention, tau {self.tau:g}" if self.attention == "rr" else "full attention"
 
     @property
     def sampled(self) -> Settings:
@@ -92,10 +101,11 @@ class FileView:
     codec: str
     container: str
     warnings: tuple[str, ...] = ()
+    source: str = ""  # what `rrvideo ask` calls it on this machine, if not by its name
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON takes them, without the path, which is nobody's business."""
-        return {name: value for name, value in asdict(self).items() if name != "path"}
+        """The fields, as JSON takes them, without where it lies, which is nobody's business."""
+        return {name: value for name, value in asdict(self).items() if name not in ("source", "path")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +138,10 @@ class Turn:
     """A question and its answer; a `stopped` one has what was written until then, and the model does not remember it.
 
     `attention` is where the model looked while it answered: pairs of seconds and shares, which sum to one, for each
-    temporal step of the video (two frames, at the time of the first). `interval` is the seconds between two frames.
-    `speed_up` is how many times as long the other kind of attention took to prefill the same frames, if it has, and if
-    the video is long enough for the two to differ.
+    temporal step of the video (two frames, at the time of the first). `clip` is the part of the video that was watched,
+    `times` are those of its frames (as planned), and `interval` is the longest time between two, all in seconds.
+    `speed_up` is how many times as long the other kind of attention took to prefill the same frames, with the settings
+    `compared`: None where it has not, or where the video is too short for the two to differ.
     """
 
     question: str
@@ -141,8 +152,11 @@ class Turn:
     timings: Timings | None = None
     density: float | None = None
     usage: Usage | None = None
+    clip: tuple[float, float] = (0.0, 0.0)
+    times: tuple[float, ...] = ()
     interval: float = 0.0
     speed_up: float | None = None
+    compared: Settings | None = None
     stopped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,8 +175,8 @@ class Queued:
 class Phase:
     """How far a phase of the watch is: `done` of `total` frames (decode, encode) or tokens (prefill).
 
-    The phases run side by side. `seconds` count from the start of the watch; when it is over, each phase comes once
-    more, `finished`, with the seconds that it was at work.
+    The phases run side by side; `seconds` are those that each was at work. When the watch is over, each comes once
+    more, `finished`.
     """
 
     name: PhaseName
@@ -179,6 +193,11 @@ class Watched:
     plan: PlanView
     seconds: dict[str, float] = field(default_factory=dict)
     density: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """The question's turn has come: all that it waits for now is the model's own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,4 +228,14 @@ class Stopped:
     turn: Turn | None
 
 
-Event = Queued | Phase | Watched | Piece | Note | Done | Stopped
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Nothing more has happened for a moment: a good time to show what has."""
+
+
+Event = Queued | Phase | Watched | Answering | Piece | Note | Done | Stopped | Pause
+
+
+def _is_number(value: object) -> bool:
+    """Whether a program, which may send anything, has sent a number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -6,22 +6,23 @@ They hold no state of their own: that is in the session, which belongs to the ta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
-from rrdemo import views
+from rrdemo import answers, views
 from rrdemo.conversation import (
+    Answering,
     Done,
     Event,
     FileView,
     Note,
+    Pause,
     Phase,
     Piece,
-    PlanView,
     Queued,
     Settings,
     Stopped,
@@ -33,7 +34,8 @@ from rrdemo.samples import Sample
 from rrdemo.session import Session
 from rrdemo.timeline import timeline
 from rrdemo.visitors import Visitors
-from rrvideo.clock import parse_clip
+from rrdemo.words import elapsed
+from rrvideo.clock import parse_time
 from rrvideo.errors import RRVideoError
 
 __all__ = ["Handlers", "read_settings"]
@@ -46,31 +48,37 @@ Update = dict[Any, Any]  # of components of the page
 
 @dataclass(slots=True)
 class Board:
-    """What has happened since a question was asked."""
+    """What is going on since something was asked for, as the page tells it."""
 
+    said: str = ""
     phases: dict[str, Phase] = field(default_factory=dict)
-    queued: Queued | None = None
-    watched: Watched | None = None
     text: str = ""
     notes: list[str] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
         match event:
-            case Queued():
-                self.queued = event
+            case Queued(position):
+                self.said, self.phases = views.queued(position), {}
             case Phase():
+                self.said = "Watching the video."
                 self.phases[event.name] = event
             case Watched():
-                self.watched = event
+                self.said, self.phases = views.watched(event), {}
+            case Answering():
+                self.said, self.phases = "Answering.", {}
             case Piece():
                 self.text += event.text
             case Note():
                 self.notes.append(event.text)
-            case Done() | Stopped():
-                pass  # the session's turns have it
+            case Done(turn):
+                self.said = f"Answered in {elapsed(turn.timings.generate)}." if turn.timings else ""
+            case Stopped():
+                self.said, self.phases = "Stopped.", {}
+            case Pause():
+                pass  # nothing has happened
 
     def progress(self) -> str:
-        return views.progress([*self.phases.values()], self.queued, self.watched)
+        return views.progress(self.said, [*self.phases.values()])
 
 
 class Handlers:
@@ -91,7 +99,10 @@ class Handlers:
 
         def opened(request: gr.Request, *settings: Any) -> Update:
             return self._open(
-                lambda session: session.open_file(sample.file(), name=sample.name), sample.questions, settings, request
+                lambda session: session.open_file(sample.file(), name=sample.name, source=sample.source),
+                sample.questions,
+                settings,
+                request,
             )
 
         return opened
@@ -107,7 +118,7 @@ class Handlers:
         try:
             file = open_file(session)
         except RRVideoError as error:
-            return {page.upload: None, page.notice: views.notice([str(error)], error=True)}
+            return {page.upload: None, page.refusal: views.notice([str(error)], error=True)}
         # A clip of the video before means nothing in this one.
         changed = {page.start: "", page.end: "", page.upload: gr.update(value=None, label="Another video")}
         examples = [{"text": question} for question in questions]
@@ -117,6 +128,7 @@ class Handlers:
             page.chat: gr.update(value=[], examples=examples, placeholder=""),
             page.moments: "",
             page.progress: "",
+            page.refusal: "",
             page.notice: views.notice(file.warnings),
             page.command: session.command(),
             **self._planned(session, ("", "", *settings[2:])),
@@ -124,54 +136,51 @@ class Handlers:
 
     def plan(self, request: gr.Request, *settings: Any) -> Update:
         """Say what watching with these settings would take."""
-        session = self.session(request)
-        return self._planned(session, settings) if session.file else {self.page.plan: ""}
+        return self._planned(self.session(request), settings)
 
     def watch(self, request: gr.Request, *settings: Any) -> Iterator[Update]:
         """Watch the video, and tell how far it is."""
         session = self.session(request)
-        yield from self._work(session, lambda: session.watch(read_settings(*settings)), settings)
+        yield from self._work(session, lambda: session.watch(read_settings(*settings)))
 
     def ask(self, request: gr.Request, question: str, *settings: Any) -> Iterator[Update]:
-        """Answer a question; one that cannot be answered stays in its field."""
+        """Answer a question; its field is free for the next one as soon as it is accepted."""
         session = self.session(request)
+        accepted = {self.page.question: ""}
         yield from self._work(
-            session, lambda: session.ask(question, read_settings(*settings)), settings, session.turns, question
+            session, lambda: session.ask(question, read_settings(*settings)), session.turns, question, accepted
         )
 
     def ask_example(self, request: gr.Request, event: gr.SelectData, *settings: Any) -> Iterator[Update]:
         """Ask one of the questions that are suggested."""
-        yield from self.ask(request, str(event.value["text"]), *settings)
+        session, question = self.session(request), str(event.value["text"])
+        yield from self._work(session, lambda: session.ask(question, read_settings(*settings)), session.turns, question)
 
     def regenerate(self, request: gr.Request, *settings: Any) -> Iterator[Update]:
         """Ask the last question again, with the settings of now."""
         session = self.session(request)
         before, question = session.turns[:-1], session.turns[-1].question if session.turns else None
-        yield from self._work(session, lambda: session.regenerate(read_settings(*settings)), settings, before, question)
+        yield from self._work(session, lambda: session.regenerate(read_settings(*settings)), before, question)
 
     def edit(self, request: gr.Request, event: gr.EditData, *settings: Any) -> Iterator[Update]:
         """Ask an edited question in place of the one that it was."""
-        session, question = self.session(request), views.unescape(str(event.value))
-        index = views.turn_of(session.turns, event.index if isinstance(event.index, int) else event.index[0])
+        session, question = self.session(request), answers.original(str(event.value))
+        index = (event.index if isinstance(event.index, int) else event.index[0]) // 2  # of two messages each
         yield from self._work(
-            session,
-            lambda: session.edit(index, question, read_settings(*settings)),
-            settings,
-            session.turns[:index],
-            question,
+            session, lambda: session.edit(index, question, read_settings(*settings)), session.turns[:index], question
         )
 
-    def undo(self, request: gr.Request, *settings: Any) -> Update:
-        """Take the last question back into its field."""
+    def undo(self, request: gr.Request) -> Update:
+        """Take the last question back, for its field if nothing else stands there."""
         session = self.session(request)
         turn = session.undo()
-        return {self.page.question: turn.question if turn else "", **self._conversation(session, settings)}
+        return {self.page.returned: turn.question if turn else "", **self._conversation(session)}
 
-    def clear(self, request: gr.Request, *settings: Any) -> Update:
+    def clear(self, request: gr.Request) -> Update:
         """Begin a new conversation about the same video."""
         session = self.session(request)
         session.clear()
-        return {self.page.notice: "", **self._conversation(session, settings)}
+        return {self.page.notice: "", self.page.progress: "", **self._conversation(session)}
 
     def stop(self, request: gr.Request) -> None:
         """End what this session has under way."""
@@ -185,10 +194,11 @@ class Handlers:
         """The conversation with all its figures, for page.js to save."""
         return self.session(request).export_json()
 
-    def notes(self, request: gr.Request) -> Any:
-        """What has happened to the video meanwhile."""
-        notes = self.session(request).notes()
-        return views.notice(notes) if notes else gr.skip()
+    def notes(self, request: gr.Request, *settings: Any) -> Any:
+        """What has happened to the video meanwhile, and what that changes in the plan."""
+        session = self.session(request)
+        notes = session.notes()
+        return {self.page.notice: views.notice(notes), **self._planned(session, settings)} if notes else gr.skip()
 
     def leave(self, request: gr.Request) -> None:
         """The tab is closed."""
@@ -205,78 +215,74 @@ class Handlers:
         self,
         session: Session,
         begin: Callable[[], Generator[Event]],
-        settings: tuple[Any, ...],
-        before: list[Turn] | None = None,
+        before: Sequence[Turn] = (),
         question: str | None = None,
+        accepted: Update | None = None,
     ) -> Iterator[Update]:
-        """Show a piece of work while it is done: `question` after the turns `before`, or a watch alone."""
-        page, board, shown = self.page, Board(), 0.0
+        """Show a piece of work while it is done: `question` after the turns `before`, or a watch alone.
+
+        `accepted` is shown when it begins. The plan is for whoever wires this to show afterwards, with the settings of
+        then.
+        """
+        page, board, before = self.page, Board(), list(before)
         duration = session.file.duration if session.file else 0.0
-        before = list(before or ())
-        yield {page.watch: _enabled(False), page.ask: _enabled(False), page.stop: _enabled(True), page.notice: ""}
+        busy = {page.watch: _enabled(False), page.ask: _enabled(False), page.stop: _enabled(True)}
+        first = {**busy, page.notice: "", page.returned: "", **(accepted or {})}
+        shown, fresh = 0.0, True
         try:
             with closing(begin()) as events:
                 for event in events:
                     board.take(event)
-                    if time.monotonic() - shown < GLANCE:
+                    fresh = fresh or not isinstance(event, Pause)
+                    often = isinstance(event, (Phase, Piece)) and time.monotonic() - shown < GLANCE
+                    if not fresh or often:
                         continue
-                    update: Update = {page.progress: board.progress()}
+                    update = {page.progress: board.progress(), **({} if shown else first)}
                     if question is not None:
-                        update[page.chat] = views.messages(before, duration, (question, board.text))
-                        update |= {} if shown else {page.question: ""}
-                    shown = time.monotonic()
+                        update[page.chat] = answers.messages(before, duration, (question, board.text))
+                    shown, fresh = time.monotonic(), False
                     yield update
         except RRVideoError as error:
-            problem = {page.notice: views.notice([*board.notes, str(error)], error=True)}
-            asked = {page.question: question} if question is not None else {}
-            yield {**asked, page.progress: "", **self._conversation(session, settings), **problem}
+            told = {page.notice: views.notice([*board.notes, str(error)], error=True)}
+            if not session.busy:  # with what was asked before
+                lost = question if question not in [turn.question for turn in session.turns] else ""
+                told |= {page.returned: lost or "", page.progress: "", **self._conversation(session)}
+            yield told
         except Exception:  # a fault of ours, which Gradio tells: the page must not look busy for ever
-            yield {page.progress: "", **self._conversation(session, settings)}
+            yield {page.progress: "", **self._conversation(session)}
             raise
         else:
-            asked = {page.question: ""} if question is not None else {}
-            told = {page.notice: views.notice(board.notes), page.progress: board.progress() if board.watched else ""}
-            yield {**asked, **self._conversation(session, settings), **told}
+            told = {page.notice: views.notice(board.notes), page.progress: board.progress()}
+            yield {**told, **self._conversation(session)}
 
-    def _conversation(self, session: Session, settings: tuple[Any, ...]) -> Update:
-        """All that follows from what was said, and the buttons as they are at rest."""
+    def _conversation(self, session: Session) -> Update:
+        """All that follows from what was said, but for the timeline, which comes with the plan."""
         duration = session.file.duration if session.file else 0.0
         return {
-            self.page.chat: views.messages(session.turns, duration),
+            self.page.chat: answers.messages(session.turns, duration),
             self.page.moments: self._moments(session),
             self.page.command: session.command(),
-            **(self._planned(session, settings) if session.file else {}),
         }
 
     def _planned(self, session: Session, settings: tuple[Any, ...]) -> Update:
-        """The plan for these settings, or why there is none, and the timeline beside it."""
-        page, view = self.page, None
-        try:
-            view = session.plan(read_settings(*settings))
-            plan = views.plan(view)
-        except RRVideoError as error:
-            plan = views.notice([str(error)], error=True)
-        can_watch = view is not None and view.fits
+        """The plan for these settings, or why there is none, the timeline beside it, and the buttons at rest."""
+        page, view, plan = self.page, None, ""
+        if session.file:
+            try:
+                view = session.plan(read_settings(*settings))
+                plan = views.plan(view)
+            except RRVideoError as error:
+                plan = views.notice([str(error)], error=True)
+        ready = view is not None and view.fits and not session.busy
+        watched = view is not None and view.watched
+        turn = _last_seen(session)
         return {
             page.plan: plan,
-            page.timeline: self._timeline(session, view),
-            page.watch: gr.update(
-                interactive=can_watch and not (session.busy or (view and view.watched)),
-                value="Watched" if view and view.watched else "Watch",
-            ),
-            page.ask: _enabled(can_watch and not session.busy),
+            page.timeline: timeline(session.file.duration, plan=view, turn=turn) if session.file else "",
+            page.watch: gr.update(interactive=ready and not watched, value="Watched" if watched else "Watch"),
+            page.ask: _enabled(ready),
             page.stop: _enabled(session.busy),
         }
-
-    def _timeline(self, session: Session, plan: PlanView | None) -> str:
-        assert session.file
-        return timeline(
-            session.file.duration,
-            times=plan.times if plan else (),
-            interval=plan.interval if plan else 0.0,
-            clip=(plan.start, plan.end) if plan else None,
-            turn=_last_seen(session),
-        )
 
     def _moments(self, session: Session) -> str:
         turn = _last_seen(session)
@@ -284,22 +290,18 @@ class Handlers:
 
 
 def read_settings(
-    start: str, end: str, fps: float, max_frames: float, sampling: str, attention: str, tau: float
+    start: str, end: str, fps: float, max_frames: int, sampling: str, attention: str, tau: float
 ) -> Settings:
     """Read settings as they stand on the page; `start` and `end` as 1:30 or 90, or empty.
 
     Raises `RRVideoError` that says what is wrong.
     """
-    clip: tuple[float | None, float | None] = (None, None)
-    start, end = (start or "").strip(), (end or "").strip()
-    if fps is None or max_frames is None:
-        raise RRVideoError("frames per second and frames at most must be numbers")
     try:
-        if start or end:
-            clip = parse_clip(f"{start}-{end}")
+        times = [(text or "").strip() for text in (start, end)]
+        first, last = (parse_time(text) if text else None for text in times)
     except ValueError as error:
         raise RRVideoError(str(error)) from error
-    return Settings(*clip, fps, int(max_frames), sampling, attention, tau)  # type: ignore[arg-type]
+    return Settings(first, last, fps, max_frames, sampling, attention, tau)  # type: ignore[arg-type]
 
 
 def _last_seen(session: Session) -> Turn | None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gradio as gr
+from gradio.data_classes import FileData
 
 from rrdemo.conversation import Settings
 from rrdemo.guard import Limits
 from rrdemo.samples import Sample
+from rrdemo.session import SUFFIXES
+from rrdemo.views import size
+from rrvideo.clock import format_time
 
 __all__ = ["ASSETS", "Page", "lay_out", "theme"]
 
 ASSETS = Path(__file__).parent / "assets"
-SUFFIXES = [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".ogv", ".flv", ".wmv", ".3gp"]
 PLACEHOLDER = (
     "**Ask anything about the video.**\n\nIt is watched once, at the first question or before it with *Watch*. "
     "Every further question costs only itself."
@@ -28,6 +31,7 @@ class Page:
     """The components that the wiring needs, in the order in which they stand on the page."""
 
     upload: gr.File
+    refusal: gr.HTML
     samples: list[gr.Button]
     player: gr.HTML
     timeline: gr.HTML
@@ -53,11 +57,17 @@ class Page:
     markdown: gr.Button
     json: gr.Button
     exported: gr.Textbox
+    returned: gr.Textbox
 
     @property
     def settings(self) -> list[Any]:
         """What `Settings` are read from, in the order of its fields."""
         return [getattr(self, field.name) for field in fields(Settings)]
+
+    @property
+    def plan_and_buttons(self) -> list[Any]:
+        """What follows from the settings and from what the session is doing."""
+        return [self.plan, self.timeline, self.watch, self.ask, self.stop]
 
 
 def theme() -> gr.themes.Base:
@@ -123,9 +133,9 @@ def lay_out(model: str, remark: str, limits: Limits, samples: list[Sample]) -> P
         js_on_load=None,
     )
     with gr.Row(equal_height=False, elem_id="columns"):
-        with gr.Column(scale=6, min_width=320):
+        with gr.Column(scale=6, min_width=280):
             left = _video_column(limits, samples)
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=280):
             right = _chat_column()
     return Page(**left, **right)
 
@@ -135,13 +145,15 @@ def _video_column(limits: Limits, samples: list[Sample]) -> dict[str, Any]:
         player = _region("player")
         timeline = _region("timeline")
         moments = _region("moments")
-    with gr.Group(elem_id="desk"):
+    with gr.Column(elem_id="desk"):
         with gr.Row(elem_id="plan-row"):
             plan = _region("plan", scale=4)
             watch = gr.Button("Watch", variant="secondary", interactive=False, scale=1, min_width=110, elem_id="watch")
         with gr.Accordion("Clip, frames and attention", open=False):
             settings = _settings(limits)
-    upload = _only_uploads(gr.File(label="Video", file_types=SUFFIXES, height=200, elem_id="upload"))
+    upload = _only_uploads(gr.File(label="Video", file_types=[*SUFFIXES], height=200, elem_id="upload"))
+    gr.HTML(_what_is_taken(limits), elem_id="taken", js_on_load=None)
+    refusal = _region("refusal")
     with gr.Row(elem_id="samples"):
         gr.HTML("<p>Or an example:</p>", js_on_load=None, min_width=90)
         buttons = [gr.Button(sample.about, size="sm", min_width=120) for sample in samples]
@@ -150,6 +162,7 @@ def _video_column(limits: Limits, samples: list[Sample]) -> dict[str, Any]:
         "timeline": timeline,
         "moments": moments,
         "upload": upload,
+        "refusal": refusal,
         "samples": buttons,
         "plan": plan,
         "watch": watch,
@@ -157,21 +170,29 @@ def _video_column(limits: Limits, samples: list[Sample]) -> dict[str, Any]:
     }
 
 
+def _what_is_taken(limits: Limits) -> str:
+    """What may be uploaded, and what page.js shows in place of Gradio's words for what is too large."""
+    most, longest = size(limits.upload_bytes), format_time(limits.duration)
+    return (
+        f'<p class="facts">MP4, MOV, MKV, WebM, AVI and other files, up to {most} and {longest} long.</p>'
+        f'<div id="too-large" class="notice error" role="alert" data-limit="{limits.upload_bytes}" hidden><p>'
+        f"The file is larger than {most}, the most that is taken here: cut it, or save it in a lower quality.</p></div>"
+    )
+
+
 def _settings(limits: Limits) -> dict[str, Any]:
     standard = Settings()
     with gr.Row():
-        with gr.Column(min_width=140):
+        with gr.Column(min_width=130):
             start = gr.Textbox("", label="Clip from", placeholder="0:00", max_lines=1)
             start_here = gr.Button("From where the player stands", size="sm")
-        with gr.Column(min_width=140):
+        with gr.Column(min_width=130):
             end = gr.Textbox("", label="Clip to", placeholder="the end", max_lines=1)
             end_here = gr.Button("To where the player stands", size="sm")
     with gr.Row():
-        fps = gr.Number(standard.fps, label="Frames per second", minimum=0.001, step=0.5, min_width=140)
+        fps = gr.Number(standard.fps, label="Frames per second", step=0.5, min_width=130)
         frames = min(standard.max_frames, limits.max_frames)
-        max_frames = gr.Number(
-            frames, label="Frames at most", precision=0, minimum=1, maximum=limits.max_frames, min_width=140
-        )
+        max_frames = gr.Number(frames, label="Frames at most", step=1, min_width=130)
     sampling = gr.Radio(
         [("Evenly spread", "uniform"), ("Keyframes, many times faster", "keyframes")],
         value=standard.sampling,
@@ -213,6 +234,7 @@ def _chat_column() -> dict[str, Any]:
         layout="bubble",
         buttons=["copy"],
         editable="user",
+        render_markdown=False,
         latex_delimiters=[],
         feedback_options=None,
         allow_file_downloads=False,
@@ -238,12 +260,14 @@ def _chat_column() -> dict[str, Any]:
             json = gr.Button("Save as JSON", size="sm")
         command = gr.Textbox(
             label="The same on the command line",
+            info="A video of yours must lie in the folder where you run it.",
             interactive=False,
             max_lines=8,
             buttons=["copy"],
             elem_id="command",
         )
     exported = gr.Textbox(visible="hidden", label="Exported")
+    returned = gr.Textbox(visible="hidden", label="Returned")
     return {
         "chat": chat,
         "progress": progress,
@@ -255,6 +279,7 @@ def _chat_column() -> dict[str, Any]:
         "json": json,
         "command": command,
         "exported": exported,
+        "returned": returned,
     }
 
 
@@ -263,16 +288,34 @@ def _region(name: str, **options: Any) -> gr.HTML:
     return gr.HTML(elem_id=name, js_on_load=None, **options)
 
 
+class _Uploaded(FileData):
+    """An uploaded video file, as handle_file("match.mp4") gives it."""  # which Gradio tells on its API page
+
+    @classmethod
+    def model_validate(cls, given: Any, **options: Any) -> Self:
+        if not isinstance(given, dict):
+            raise _not_uploaded()
+        return super().model_validate(given, **options)
+
+
 def _only_uploads(field: gr.File) -> gr.File:
     """Have `field` refuse what a client names by its address, where Gradio would fetch it."""
     take = field.async_move_resource_to_block_cache
 
     async def take_no_address(path: str | Path | None) -> str | None:
         if path and "://" in str(path):
-            raise gr.Error("A video must be uploaded: addresses are not opened.")
+            raise _not_uploaded()
         taken: str | None = await take(path)
         return taken
 
     # In place of a subclass, for which Gradio would write a stub file beside this one.
     field.async_move_resource_to_block_cache = take_no_address
+    field.data_model = _Uploaded
+    field.example_payload = lambda: {"path": "match.mp4", "meta": {"_type": "gradio.FileData"}}
     return field
+
+
+def _not_uploaded() -> gr.Error:
+    return gr.Error(
+        'A video must be uploaded, with handle_file("match.mp4"): addresses are not opened.', print_exception=False
+    )

@@ -33,6 +33,11 @@ class Sample:
     height: int
     fps: int
 
+    @property
+    def source(self) -> str:
+        """What `rrvideo ask` calls it on this machine."""
+        return self.name if self.name == "sample" else str(_cache() / self.name)
+
     def file(self) -> Path:
         """Its video file, drawn into the user's cache folder if it is not there yet: seconds, once.
 
@@ -69,7 +74,7 @@ def samples() -> list[Sample]:
     return [
         Sample("sample", "A minute in five scenes", _questions(sample_world()), sample_world(), 320, 240, 15),
         Sample("upright.mp4", "Twenty-four seconds, held upright", _questions(upright), upright, 240, 320, 12),
-        Sample("ten-minutes.mp4", "Ten minutes, long enough for RRAttention", _questions(long), long, 192, 144, 2),
+        Sample("ten-minutes.mp4", "Ten minutes in eight scenes", _questions(long), long, 192, 144, 2),
     ]
 
 

@@ -10,14 +10,27 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from rrdemo import export, guard
-from rrdemo.conversation import Done, Event, FileView, Note, Piece, PlanView, Queued, Settings, Stopped, Turn, Watched
+from rrdemo import export, guard, plans
+from rrdemo.conversation import (
+    Answering,
+    Done,
+    Event,
+    FileView,
+    Note,
+    Pause,
+    Piece,
+    PlanView,
+    Queued,
+    Settings,
+    Stopped,
+    Turn,
+    Watched,
+)
 from rrdemo.studio import Studio
 from rrdemo.thumbnails import strongest
 from rrvideo.errors import BudgetError, Cancelled, RRVideoError
@@ -26,14 +39,16 @@ from rrvideo.stages import Cancel
 
 if TYPE_CHECKING:
     from rrvideo.pipeline import Answer, Video
-    from rrvideo.video import SamplePlan
 
-__all__ = ["Session"]
+__all__ = ["SUFFIXES", "Session"]
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".gif")
+SUFFIXES: tuple[str, ...] = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".wmv")
+SUFFIXES += (".ogv", ".3gp", ".gif")
+PAUSE = 0.1  # seconds
 
 Tell = Callable[[Event], None]
 Work = Callable[[Cancel, Tell], None]
+Events = SimpleQueue[Event | BaseException | None]  # which ends with why they ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +64,10 @@ class Session:
     """What one browser tab works with; nothing in it is shared with another.
 
     All methods may be called from any thread. `watch`, `ask`, `regenerate` and `edit` return generators of what
-    happens: the work runs in a thread of its own, which `stop`, closing the generator or `close` ends within a chunk or
-    a token. Only one of them runs at a time; while one does, others raise `RRVideoError`, and after a `stop` they wait
-    the moment until it has ended. What goes wrong is raised as `RRVideoError`, in words for the person who asked; then
-    no turn is added.
+    happens, and a Pause where nothing does: the work runs in a thread of its own, which `stop`, closing the generator
+    or `close` ends within a chunk or a token. Only one of them runs at a time; while one does, others raise
+    `RRVideoError`, and after a `stop` they wait the moment until it has ended. What goes wrong is raised as
+    `RRVideoError`, in words for the person who asked; then no turn is added.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -72,11 +87,11 @@ class Session:
         """The file that is open."""
         return self._file.view if self._file else None
 
-    def open_file(self, path: str | Path, *, name: str | None = None) -> FileView:
+    def open_file(self, path: str | Path, *, name: str | None = None, source: str = "") -> FileView:
         """Check the file at `path`, make it the session's own, and forget the one before with all that was said.
 
-        `name` is what its owner calls it (default: that of `path`). Raises `RRVideoError` that says why it is refused;
-        then all stays as it was.
+        `name` is what its owner calls it (default: that of `path`), `source` what `rrvideo ask` does, if not so.
+        Raises `RRVideoError` that says why it is refused; then all stays as it was.
         """
         path = Path(path)
         name = name or path.name
@@ -103,6 +118,7 @@ class Session:
             codec=info.codec,
             container=info.container,
             warnings=info.warnings,
+            source=source,
         )
         with self._at_rest():
             self._forget_file()
@@ -112,24 +128,8 @@ class Session:
     def plan(self, settings: Settings) -> PlanView:
         """Say what watching with `settings` would take; nothing is decoded."""
         chosen, need = self.studio.plan(self._index(), settings)
-        memory = need.kv_bytes + need.activation_bytes
-        return PlanView(
-            frames=need.frames,
-            wanted_frames=need.wanted_frames,
-            interval=_interval(chosen),
-            width=need.width,
-            height=need.height,
-            tokens=need.prompt_tokens,
-            visual_tokens=need.visual_tokens,
-            kv_bytes=need.kv_bytes,
-            memory_bytes=memory,
-            fits=memory <= self.studio.memory,
-            watched=self.studio.is_open(self.id, settings),
-            start=chosen.start,
-            end=chosen.end,
-            times=chosen.times,
-            warnings=chosen.warnings,
-        )
+        watched = self.studio.is_open(self.id, settings)
+        return plans.view(chosen, need, settings, memory=self.studio.memory, watched=watched)
 
     def watch(self, settings: Settings) -> Generator[Event]:
         """Watch the video, if that has not been done with these settings: Queued, Phase, Note; Watched or Stopped."""
@@ -144,7 +144,7 @@ class Session:
         return self._events(work)
 
     def ask(self, question: str, settings: Settings) -> Generator[Event]:
-        """Answer a question, after a `watch` where there was none: its events, Piece; last of all Done or Stopped."""
+        """Answer a question, after a `watch` where there was none: its events, Answering, Piece; Done or Stopped."""
         return self._events(lambda cancel, tell: self._ask(self.turns, question, settings, cancel, tell))
 
     def regenerate(self, settings: Settings | None = None) -> Generator[Event]:
@@ -245,7 +245,7 @@ class Session:
         if not self._working.acquire(blocking=self._cancel.cancelled):
             raise RRVideoError("the last question is still being answered", "wait until it is done, or stop it")
         cancel = self._cancel = Cancel()
-        events: SimpleQueue[Event | BaseException | None] = SimpleQueue()
+        events: Events = SimpleQueue()
 
         def run() -> None:
             failure: BaseException | None = None
@@ -262,10 +262,7 @@ class Session:
 
         threading.Thread(target=run, daemon=True).start()
         try:
-            while (event := events.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
+            yield from _told(events)
         finally:
             cancel.cancel()
 
@@ -288,8 +285,9 @@ class Session:
                 self._video(settings, cancel, tell) as video,
                 self.studio.answering.turn(cancel, lambda ahead: tell(Queued(ahead))),
             ):
+                say(Answering())
                 answer = self._answer(video, before, question, cancel, say)
-                interval = _interval(video.plan)
+                plan = video.plan
         except Cancelled:
             stopped = Turn(question, "".join(pieces), settings, stopped=True)
             self.turns = [*before, stopped]
@@ -304,10 +302,11 @@ class Session:
             timings=answer.timings,
             density=answer.density,
             usage=answer.usage,
-            interval=interval,
+            clip=(plan.start, plan.end),
+            times=plan.times,
+            interval=plans.longest_gap(plan),
         )
-        turns = [*before, turn]
-        self.turns = [replace(each, speed_up=self._speed_up(each)) for each in turns]
+        self.turns = [self._compared(each) for each in (*before, turn)]
         tell(Done(self.turns[-1]))
 
     @contextmanager
@@ -315,6 +314,7 @@ class Session:
         index = self._index()
         self.settings = settings
         with self.studio.video(self.id, index, settings, cancel=cancel, tell=tell, remark=self._notes.append) as video:
+            self._prefills.pop(settings.watched, None)  # so that it is the last again
             self._prefills[settings.watched] = video.seconds["prefill"], video.density
             yield video
 
@@ -336,19 +336,33 @@ class Session:
                 forgotten += 1
                 tell(Note(f"the chat is longer than the model's context: it remembers all but the first {forgotten}"))
 
-    def _speed_up(self, turn: Turn) -> float | None:
-        """How many times as long the other kind of attention took for the same frames, if it has watched them."""
-        mine, others = turn.settings, list[float]()
-        for settings, (seconds, density) in self._prefills.items():
+    def _compared(self, turn: Turn) -> Turn:
+        """Compare `turn` with the other attention, if that has seen the same frames: once, whatever comes later."""
+        if turn.compared or not turn.timings:
+            return turn
+        mine = turn.settings
+        for other, (seconds, density) in reversed(self._prefills.items()):
             # Where nothing was left out both did the same work, and a ratio would be chance.
-            if settings.sampled == mine.sampled and settings.attention != mine.attention and density != turn.density:
-                others.append(seconds)
-        return others[-1] / turn.timings.prefill if others and turn.timings else None
+            if other.sampled == mine.sampled and other.attention != mine.attention and density != turn.density:
+                return replace(turn, speed_up=seconds / turn.timings.prefill, compared=other)
+        return turn
 
 
-def _interval(plan: SamplePlan) -> float:
-    """The longest time between two frames, in seconds: keyframes stand at uneven distances."""
-    return max((after - before for before, after in pairwise(plan.times)), default=plan.end - plan.start)
+def _told(events: Events) -> Iterator[Event]:
+    """What is told, as it comes, and a Pause where no more does; raises what went wrong."""
+    patience: float | None = None
+    while True:
+        try:
+            event = events.get(timeout=patience)
+        except Empty:
+            event, patience = Pause(), None
+        else:
+            patience = PAUSE
+        if isinstance(event, BaseException):
+            raise event
+        if event is None:
+            return
+        yield event
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

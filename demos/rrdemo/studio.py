@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rrdemo.conversation import Event, Note, Phase, PhaseName, Queued, Settings
 from rrdemo.guard import Limits
+from rrdemo.words import counted
 from rrvideo.errors import BudgetError, RRVideoError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = ["Line", "Studio"]
 
 CHECKS_AT_ONCE = 2
 GLANCE = 0.05  # seconds between two looks at the flag of somebody who waits
+PHASES: dict[str, PhaseName] = {"decoded": "decode", "frames": "encode", "tokens": "prefill"}  # by what they count
 
 Key = tuple[str, Settings]  # the session, and what it watched with
 
@@ -53,7 +55,8 @@ class Line:
         ticket, told = object(), 0
         with self._changed:
             if len(self._tickets) > self._most:
-                raise RRVideoError(f"{self._most} people are waiting, and no more can", "try again in a while")
+                waiting = counted(self._most, "person is waiting", "people are waiting")
+                raise RRVideoError(f"{waiting}, and no more can", "try again in a while")
             self._tickets.append(ticket)
         try:
             while ahead := self._ahead(ticket):
@@ -153,15 +156,15 @@ class Studio:
 
         if settings.max_frames > self.limits.max_frames:
             raise BudgetError(
-                f"a budget of {settings.max_frames} frames is more than is given here",
-                f"ask for at most {self.limits.max_frames}",
+                f"{counted(settings.max_frames, 'frame')} are more than one watch may look at here",
+                f"ask for {self.limits.max_frames:,} at most",
             )
         checkpoint, sampling = self.qa.checkpoint, {**_sampling(settings), "timestamps": None}
         try:
             chosen = budget.plan(checkpoint, index, **sampling)
         except BudgetError as error:
             chosen = budget.plan(checkpoint, index, fit=True, **sampling)
-            fewer = f"{error.message}: {len(chosen.indices)} frames are taken"
+            fewer = f"{error.message}: {counted(len(chosen.indices), 'frame is', 'frames are')} taken"
             chosen = replace(chosen, warnings=(*chosen.warnings, fewer))
         return chosen, budget.estimate(checkpoint, chosen)
 
@@ -232,16 +235,15 @@ class Studio:
         with self.watching.turn(cancel, lambda ahead: tell(Queued(ahead))):
             plan, need = self.plan(index, settings)
             self._make_room(need.kv_bytes + need.activation_bytes, cancel)
+            phases: dict[str, Phase] = {}  # as they were told last
+
+            def progress(unit: str, done: int, total: int, seconds: float) -> None:
+                phases[unit] = Phase(PHASES[unit], done, total, seconds)
+                tell(phases[unit])
+
             try:
-                begun = time.perf_counter()
-
-                def progress(unit: str, done: int, total: int) -> None:
-                    phases: tuple[PhaseName, ...] = ("decode", "encode") if unit == "frames" else ("prefill",)
-                    for phase in phases:
-                        tell(Phase(phase, done, total, time.perf_counter() - begun))
-
-                progress("frames", 0, need.frames)
-                progress("tokens", 0, need.prompt_tokens)
+                for unit, total in (("decoded", need.frames), ("frames", need.frames), ("tokens", need.prompt_tokens)):
+                    progress(unit, 0, total, 0.0)
                 model = self._attending(settings)
                 video = model.watch(index, fit=True, progress=progress, cancel=cancel, **_sampling(settings))
                 opened = _Open(video, need.kv_bytes, remark, self._clock())
@@ -251,9 +253,8 @@ class Studio:
                 with self._changed:
                     self._reserved = 0
                     self._changed.notify_all()
-        totals: dict[PhaseName, int] = {"decode": need.frames, "encode": need.frames, "prefill": need.prompt_tokens}
-        for phase, total in totals.items():
-            tell(Phase(phase, total, total, video.seconds[phase], finished=True))
+        for phase in phases.values():
+            tell(replace(phase, seconds=video.seconds[phase.name], finished=True))
         for warning in dict.fromkeys((*plan.warnings, *video.warnings)):
             tell(Note(warning))
         return opened
