@@ -66,7 +66,7 @@ def _converse(page: Any) -> None:
         page.get_by_role("radio", name=attention).check()
         page.fill("#question textarea", question)
         page.press("#question textarea", "Enter")
-        page.locator("#chat .thought-group").nth(number).wait_for(timeout=60_000)
+        page.locator("#chat .answer").nth(number).wait_for(timeout=60_000)
     page.get_by_role("radio", name="RRAttention").check()
     page.get_by_text("Clip, frames and attention").click()
     page.locator("#moments button").last.click()
