@@ -1,5 +1,6 @@
 """The chat as a program uses it, through gradio_client, and what its server refuses."""
 
+import time
 from pathlib import Path
 
 import httpx
@@ -157,6 +158,25 @@ def test_the_page_counts_nobody_and_keeps_no_history(chat):
 
     assert config["analytics_enabled"] is False
     assert config["run_history"] is False
+
+
+def test_an_upload_can_be_fetched_by_nobody_and_goes_when_its_owner_does(chat):
+    client = Client(chat.url, verbose=False)
+    client.predict(handle_file(SAMPLE), api_name="/watch")
+    uploads = {path for path in chat.folder.rglob("*.mp4") if path.is_file() and path.samefile(opened_by(client, chat))}
+    assert len(uploads) == 1
+    for address in (f"gradio_api/file={uploads.copy().pop()}", f"file={uploads.copy().pop()}"):
+        assert httpx.get(chat.url + address).status_code == 403
+
+    client.close()
+    deadline = time.monotonic() + 20
+    while any(path.exists() for path in uploads) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(path.exists() for path in uploads)
+
+
+def opened_by(client, chat):
+    return chat.visitors.session(client.session_hash).file.path
 
 
 def test_uploads_lie_in_a_folder_of_their_own_which_goes_with_the_server():

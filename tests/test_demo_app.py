@@ -129,7 +129,7 @@ def test_the_demo_is_for_this_machine_alone_unless_told_otherwise(starts, capsys
     (model, loading), serving, closed = starts
 
     assert (model, closed, capsys.readouterr().out) == ("tiny", "closed", "http://here/\n")
-    assert loading["limits"].upload_bytes == 2 * 2**30
+    assert loading["limits"].upload_bytes == 2_000_000_000
     assert serving == {"host": "127.0.0.1", "port": 7860, "share": False, "auth": None, "open_browser": False}
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -170,6 +171,15 @@ def test_thumbnails_are_of_the_moments_with_most_attention_in_order_of_time(tmp_
     assert [number_of(picture) for picture in pictures] == [24, 96]
     assert {picture.shape for picture in pictures} == {(60, 90, 3)}
     assert strongest(scan(clip), [], count=2, height=60) == []
+
+
+def test_no_two_thumbnails_are_of_the_same_moment(tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", numbered_frames(144, width=84, height=56))
+    attention = [(number / 24, number / 144) for number in range(144)]  # ever more, towards the end
+    times = [time for time, _ in strongest(scan(clip), attention, count=3, height=60)]
+
+    assert times[-1] == pytest.approx(143 / 24)
+    assert [after - before for before, after in pairwise(times)] == pytest.approx([6 / 24] * 2)
 
 
 def test_the_examples_come_with_questions_and_are_told_apart_by_their_names():

@@ -370,6 +370,28 @@ def test_a_new_file_takes_the_place_of_the_old_one_and_a_refused_one_does_not(be
     assert (session.file.name, session.turns, session.studio.taken) == ("new.mp4", [], 0)
 
 
+def test_an_upload_goes_when_it_is_refused_or_with_the_file_that_was_made_of_it(begin, clip, tmp_path):
+    session, uploads = begin(), [tmp_path / f"{number}.mp4" for number in range(3)]
+    for upload in uploads:
+        upload.write_bytes(clip.read_bytes())
+    session.open_file(uploads[0], upload=True)
+    session.open_file(uploads[0], upload=True)  # once more, which programs may do
+    assert uploads[0].exists()
+    session.open_file(uploads[1], upload=True)
+    assert not uploads[0].exists()
+
+    again = tmp_path / "again.mp4"
+    again.write_bytes(clip.read_bytes())
+    again.replace(uploads[1])  # somebody else has uploaded the same
+    session.open_file(uploads[2], upload=True)
+    uploads[0].write_text("no video")
+    with pytest.raises(VideoError):
+        session.open_file(uploads[0], upload=True)
+    session.close()
+    assert [upload.exists() for upload in uploads] == [False, True, False]
+    assert clip.exists()
+
+
 def test_closing_in_the_middle_of_the_work_frees_all_as_soon_as_it_has_ended(begin, monkeypatch):
     session, gate, forward = begin(), threading.Event(), Checkpoint.forward
     monkeypatch.setattr(Checkpoint, "forward", lambda *a, **o: (gate.wait(SOON), forward(*a, **o))[1])

@@ -158,7 +158,8 @@ def test_a_conversation_becomes_two_messages_for_each_turn():
 
 def test_beside_an_answer_stand_its_times_tokens_density_and_the_comparison():
     figures = text_of(answers.messages([TURN], 60.0)[1]["content"]["value"]).replace("\N{NO-BREAK SPACE}", " ")
-    for figure in ("Decode1.5 s", "Encode250 ms", "Prefill2.0 s", "Answer40 ms", "Tokens1,234 + 7", "Density0.46"):
+    times = ("Decode1.5 s", "Encode250 ms", "Prefill2.0 s", "Answer40 ms")
+    for figure in (*times, "Tokens in1,234", "Tokens out7", "Density0.46"):
         assert figure in figures
     assert "Watched once with RRAttention, tau 0.95: 6 frames, at most 1 s apart." in figures
     assert "as fast" not in figures
@@ -252,6 +253,12 @@ def test_the_timeline_tells_what_was_seen_apart_from_what_is_planned():
     same = timeline(60.0, plan=replace(PLAN, times=coarse.times), turn=coarse)
     assert "next watch" not in same
     assert "planned" not in same
+
+
+def test_frames_that_stand_too_close_for_a_tick_each_make_a_band():
+    ticks = timeline(60.0, plan=replace(PLAN, times=(0.0, 10.0, 10.1, 10.2, 50.0)))
+
+    assert 'd="M0.000 40v-4M10.000 40v-4H10.200v4zM50.000 40v-4"' in ticks
 
 
 def test_a_short_clip_can_be_looked_at_closely():

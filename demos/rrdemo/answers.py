@@ -98,7 +98,8 @@ def _figures(turn: Turn) -> str:
         "Encode": elapsed(seconds.encode),
         "Prefill": elapsed(seconds.prefill),
         "Answer": elapsed(seconds.generate),
-        "Tokens": f"{usage.prompt_tokens:,} + {usage.answer_tokens:,}",
+        "Tokens in": f"{usage.prompt_tokens:,}",
+        "Tokens out": f"{usage.answer_tokens:,}",
         "Density": f"{turn.density:.2f}",
     }
     cells = "".join(

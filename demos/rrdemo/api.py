@@ -45,7 +45,7 @@ class Endpoints:
             if not video:
                 raise RRVideoError("no video was given", 'pass video=handle_file("match.mp4")')
             settings = read_settings(start, end, fps, max_frames, sampling, attention, tau)
-            file = session.open_file(video)
+            file = session.open_file(video, upload=True)
             notes, way = [*file.warnings], _Way()
             for event in session.watch(settings):
                 yield from way.told(event)

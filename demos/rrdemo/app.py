@@ -192,7 +192,7 @@ def serve(
             mcp_server=False,
             theme=theme(),
             head=_head(),
-            app_kwargs={"routes": [Route("/video/{session_id}", partial(_video, visitors))]},
+            app_kwargs={"routes": _routes(visitors)},
         )
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -211,6 +211,16 @@ def _head() -> str:
     """Our style and script; Gradio's own way to take CSS would rewrite its selectors, and not always rightly."""
     style, script = ((ASSETS / name).read_text() for name in ("style.css", "page.js"))
     return f"<style>{style}</style><script>{script}</script>"
+
+
+def _routes(visitors: Visitors) -> list[Route]:
+    """Where files come from, before Gradio is asked, which would give an upload to whoever knows its path."""
+    no_file = [Route(f"{prefix}/file={{path:path}}", _no_file) for prefix in ("", "/gradio_api")]
+    return [Route("/video/{session_id}", partial(_video, visitors)), *no_file]
+
+
+def _no_file(_: Request) -> Response:
+    return PlainTextResponse("Files are for those who have uploaded them.", status_code=403)
 
 
 def _video(visitors: Visitors, request: Request) -> Response:

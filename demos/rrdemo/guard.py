@@ -46,7 +46,7 @@ class Limits:
     ValueError names the field that is wrong, and its value.
     """
 
-    upload_bytes: int = 2 * 2**30
+    upload_bytes: int = 2_000_000_000
     duration: float = 4 * 3600.0
     pixels: int = 4096 * 2304
     frames: int = 2_000_000

@@ -92,7 +92,7 @@ class Handlers:
         """Open what was uploaded; what is refused leaves the page as it was."""
         if path is None:
             return {self.page.upload: None}
-        return self._open(lambda session: session.open_file(path), QUESTIONS, settings, request)
+        return self._open(lambda session: session.open_file(path, upload=True), QUESTIONS, settings, request)
 
     def open_sample(self, sample: Sample) -> Callable[..., Update]:
         """What the button of `sample` does."""

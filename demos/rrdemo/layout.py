@@ -127,8 +127,7 @@ def lay_out(model: str, remark: str, limits: Limits, samples: list[Sample]) -> P
     """Put the page's components into the `gr.Blocks` around; `remark` is what is to be known of the model."""
     gr.HTML(
         "<h1>rrvideo</h1><p>Watch a long video once, ask it many questions.</p>"
-        f'<p class="model"><span>Model: <strong>{escape(model)}</strong></span></p>'
-        + (f'<p class="remark">{escape(remark)}</p>' if remark else ""),
+        f'<p class="model">Model: <strong>{escape(model)}</strong>{". " * bool(remark)}{escape(remark)}</p>',
         elem_id="header",
         js_on_load=None,
     )
@@ -174,7 +173,7 @@ def _what_is_taken(limits: Limits) -> str:
     """What may be uploaded, and what page.js shows in place of Gradio's words for what is too large."""
     most, longest = size(limits.upload_bytes), format_time(limits.duration)
     return (
-        f'<p class="facts">MP4, MOV, MKV, WebM, AVI and other files, up to {most} and {longest} long.</p>'
+        f'<p class="facts">MP4, MOV, MKV, WebM, AVI and other files, up to {most}, and {longest} long.</p>'
         f'<div id="too-large" class="notice error" role="alert" data-limit="{limits.upload_bytes}" hidden><p>'
         f"The file is larger than {most}, the most that is taken here: cut it, or save it in a lower quality.</p></div>"
     )

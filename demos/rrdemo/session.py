@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -58,6 +58,13 @@ class _File:
     folder: TemporaryDirectory[str]
     view: FileView
     index: FrameIndex
+    upload: Path | None  # what it was made of, if that goes with it
+
+    def clean_up(self, keep: Path | None = None) -> None:
+        """Delete all of it, but for an upload at `keep`."""
+        if self.upload and self.upload != keep:
+            _delete_if_same(self.upload, Path(self.view.path))
+        self.folder.cleanup()
 
 
 class Session:
@@ -87,23 +94,28 @@ class Session:
         """The file that is open."""
         return self._file.view if self._file else None
 
-    def open_file(self, path: str | Path, *, name: str | None = None, source: str = "") -> FileView:
+    def open_file(
+        self, path: str | Path, *, name: str | None = None, source: str = "", upload: bool = False
+    ) -> FileView:
         """Check the file at `path`, make it the session's own, and forget the one before with all that was said.
 
-        `name` is what its owner calls it (default: that of `path`), `source` what `rrvideo ask` does, if not so.
-        Raises `RRVideoError` that says why it is refused; then all stays as it was.
+        `name` is what its owner calls it (default: that of `path`), `source` what `rrvideo ask` does, if not so. An
+        `upload` is deleted when it is refused, or together with the session's own file. Raises `RRVideoError` that says
+        why it is refused; then all stays as it was.
         """
         path = Path(path)
         name = name or path.name
         suffix = path.suffix.lower()
         folder = TemporaryDirectory(prefix="rrdemo-", ignore_cleanup_errors=True)  # that only this user may enter
+        own = Path(folder.name) / f"video{suffix if suffix in SUFFIXES else ''}"
         try:
-            own = Path(folder.name) / f"video{suffix if suffix in SUFFIXES else ''}"
             _link_or_copy(path, own)
             with self.studio.checking:
                 info = guard.check(own, self.studio.limits, name=name)
             index = scan(own)
         except BaseException:
+            if upload:
+                _delete_if_same(path, own)
             folder.cleanup()
             raise
         view = FileView(
@@ -121,8 +133,8 @@ class Session:
             source=source,
         )
         with self._at_rest():
-            self._forget_file()
-            self._file = _File(folder, view, index)
+            self._forget_file(keep=path)
+            self._file = _File(folder, view, index, path if upload else None)
         return view
 
     def plan(self, settings: Settings) -> PlanView:
@@ -233,10 +245,10 @@ class Session:
             raise RRVideoError("no video is open", "choose a file or an example first")
         return self._file.index
 
-    def _forget_file(self) -> None:
+    def _forget_file(self, keep: Path | None = None) -> None:
         self.studio.release(self.id)
         if self._file is not None:
-            self._file.folder.cleanup()
+            self._file.clean_up(keep)
         self._file, self.turns, self._prefills, self.settings = None, [], {}, None
         self._notes.clear()
 
@@ -363,6 +375,13 @@ def _told(events: Events) -> Iterator[Event]:
         if event is None:
             return
         yield event
+
+
+def _delete_if_same(path: Path, own: Path) -> None:
+    """Delete `path`, unless it is no longer the same file as `own`: who uploads the same thing gets the same path."""
+    with suppress(OSError):
+        if path.samefile(own):
+            path.unlink()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -14,19 +14,20 @@ from rrvideo.video import plan_samples, read_frames
 
 __all__ = ["strongest"]
 
+APART = 1 / 25  # of the time that was watched: pictures that stand closer together would be the same picture
+
 
 def strongest(
     index: FrameIndex, attention: Sequence[tuple[float, float]], *, count: int, height: int
 ) -> list[tuple[float, bytes]]:
-    """The `count` moments with the greatest shares of `attention`, in order of time: seconds, and a JPEG picture.
+    """Up to `count` moments with the greatest shares of `attention`, in order of time: seconds, and a JPEG picture.
 
-    `attention` is that of an `Answer`. Pictures are `height` pixels high, and as wide as that makes them. Moments that
-    cannot be decoded are left out.
+    `attention` is that of an `Answer`. A moment right beside a stronger one is no moment of its own.
+    Pictures are `height` pixels high, and as wide as that makes them. Moments that cannot be decoded are left out.
     """
     from PIL import Image
 
-    by_share = sorted(attention, key=lambda step: -step[1])[:count]
-    numbers = sorted({int(abs(index.times - time).argmin()) for time, _ in by_share})
+    numbers = sorted({int(abs(index.times - time).argmin()) for time in _peaks(attention, count)})
     if not numbers:
         return []
     plan = replace(
@@ -45,3 +46,13 @@ def strongest(
     except VideoError:  # none of them can be decoded, although others could
         return []
     return pictures
+
+
+def _peaks(attention: Sequence[tuple[float, float]], count: int) -> list[float]:
+    """The seconds of the strongest moments, strongest first, each some way from all that are stronger."""
+    apart = APART * (max(time for time, _ in attention) - min(time for time, _ in attention)) if attention else 0.0
+    found: list[float] = []
+    for time, _ in sorted(attention, key=lambda step: -step[1]):
+        if len(found) < count and all(abs(time - other) > apart for other in found):
+            found.append(time)
+    return found

@@ -14,6 +14,7 @@ __all__ = ["timeline"]
 HEIGHT = 40  # of the drawing, whose width is the video's length in seconds
 FLOOR = 34  # of the bars: below it a tick for each frame
 EPSILON = 1e-6
+TOLD_APART = 200  # frames, at most
 ZOOMED = 0.5  # of the video: a shorter clip is worth a closer look
 
 Clip = tuple[float, float]  # seconds
@@ -97,9 +98,17 @@ def _planned(clip: Clip, plan: PlanView | None) -> str:
 
 
 def _ticks(times: Sequence[float]) -> str:
+    """A tick for each frame; frames that stand too close to be told apart make a band."""
     if not times:
         return ""
-    drawn = "".join(f"M{time:.3f} {HEIGHT}v-4" for time in times)
+    close = (times[-1] - times[0]) / TOLD_APART
+    runs: list[list[float]] = []
+    for time in times:
+        if runs and time - runs[-1][-1] <= close:
+            runs[-1].append(time)
+        else:
+            runs.append([time])
+    drawn = "".join(f"M{run[0]:.3f} {HEIGHT}v-4" + (f"H{run[-1]:.3f}v4z" if len(run) > 1 else "") for run in runs)
     return f'<path class="ticks" d="{drawn}"/>'
 
 
