@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,38 @@ def test_a_run_killed_again_and_again_answers_every_question_once_whatever_the_n
     assert responses(folder) == responses(tmp_path / "undisturbed")
 
 
+def test_processes_that_mpi_starts_find_each_other():
+    told = (
+        "from rreval.processes import Processes; p = Processes.join(); print(p.rank, p.count, p.local_count); p.leave()"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    sizes = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"from rreval.processes import Processes; {told}"],
+            env={
+                **{name: value for name, value in os.environ.items() if name != "WORLD_SIZE"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **sizes},
+                **{"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank},
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    assert [process.communicate(timeout=100)[0] for process in started] == ["0 2 2\n", "1 2 2\n"]
+
+
+def test_a_launch_for_cpus_that_starts_but_one_process_says_so(videomme, monkeypatch, capsys):
+    assert videomme("--limit", "1") == 0
+    assert "--multi_gpu" not in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert videomme("--limit", "1") == 0
+    assert "--multi_gpu in its place it starts several" in capsys.readouterr().err
+
+
 def test_a_finished_run_watches_nothing_and_says_so(videomme, tmp_path, watched, capsys):
     assert videomme("--limit", "2") == 0
     assert "6 of 6 questions answered" in capsys.readouterr().out
@@ -153,6 +186,15 @@ def test_a_set_without_videos_is_not_run(videomme, whole, tmp_path, capsys):
     assert videomme("--videos", str(tmp_path)) == 1
     assert "none of the 6 videos is in" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_subtitles_that_are_asked_for_and_missing_are_told_before_the_run(videomme, whole, tmp_path, capsys):
+    assert videomme("--subtitles", "--limit", "2") == 0
+    assert "1 of 2 videos have no subtitles" in capsys.readouterr().err
+    shutil.copytree(whole, tmp_path / "set", ignore=shutil.ignore_patterns("*.srt"))
+    assert videomme("--subtitles", folder=tmp_path / "set", out=tmp_path / "silent") == 1
+    assert "the set has no subtitles" in capsys.readouterr().err
+    assert not (tmp_path / "silent").exists()
 
 
 def test_a_set_is_checked_without_a_model(whole, tmp_path, monkeypatch, capsys):

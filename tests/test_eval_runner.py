@@ -8,10 +8,11 @@ import pytest
 from checkpoints import make_checkpoint
 from videomme import write_set
 
+from rrattention import RRConfig
 from rreval.data import load_set
 from rreval.journal import Journal, Record, begin_run, read_run
 from rreval.runner import deal, run, unanswered
-from rreval.settings import DEFAULTS, LABELS, PRESETS, RunSettings, choices_of
+from rreval.settings import DEFAULTS, LABELS, PRESETS, RunSettings, choices_of, config_of
 from rrvideo import VideoQA
 from rrvideo.errors import RRVideoError
 from rrvideo.pipeline import Video
@@ -244,6 +245,12 @@ def test_presets_are_the_published_configurations_and_what_is_given_overrides_th
     assert tokens == [128, 768, 24576]
     assert PRESETS[preset].source.count("arXiv") == 1
     assert choices_of(None, {"fps": 3.0}) == DEFAULTS | {"fps": 3.0}
+
+
+def test_the_papers_preset_keeps_blocks_by_the_papers_rule():
+    assert config_of(choices_of("rrattention-paper", {})) == RRConfig.paper(0.95)
+    assert config_of(choices_of("rrattention-paper", {"rule": "default", "tau": 0.9})) == RRConfig(tau=0.9)
+    assert config_of(choices_of(None, {"tau": 0.8})) == RRConfig(tau=0.8)
 
 
 def test_a_reader_that_is_not_installed_is_told_before_the_run(monkeypatch):

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 SOME = 10  # problems that are listed before a run
+ONE_PROCESS = (
+    "rrvideo: accelerate launch --cpu starts one process, whatever --num_processes says; with --multi_gpu in its place "
+    "it starts several, also where there is no GPU"
+)
 
 
 def main() -> int:
@@ -56,7 +60,7 @@ def _add_videomme(commands: Any) -> None:
         description="Answer the questions of Video-MME, or of a set in its form. Each answer is on the disk before the "
         "next question; stopped in any way, the same command goes on where it was.",
         epilog="On 8 GPUs: accelerate launch --multi_gpu --num_processes 8 -m rrvideo eval videomme SET --out RUN. "
-        "Without a GPU that starts as many processes too.",
+        "Without a GPU that starts as many processes too (accelerate's --cpu starts one).",
     )
     add_set(videomme)
     videomme.add_argument("--out", metavar="RUN", type=Path, required=True, help="the folder that the answers go to")
@@ -113,9 +117,11 @@ def _add_report(commands: Any) -> None:
 
 
 def _videomme(arguments: argparse.Namespace) -> int:
-    from rreval.processes import Processes
+    from rreval.processes import Processes, launched_for_cpu
 
     processes = Processes.join()
+    if processes.count == 1 and launched_for_cpu():
+        print(ONE_PROCESS, file=sys.stderr)
     status = Status(quiet=arguments.quiet or not processes.is_first)
     try:
         return _answer(arguments, processes, status)
@@ -131,7 +137,7 @@ def _answer(arguments: argparse.Namespace, processes: Processes, status: Status)
     choices = choices_of(arguments.preset, vars(arguments))
     whole = processes.first(lambda: data.load_set(_source(arguments), videos=arguments.videos))
     chosen = data.select(whole, **_filters(arguments))
-    processes.first(lambda: _look_over(chosen))
+    processes.first(lambda: _look_over(whole, chosen, subtitles=choices["subtitles"]))
     qa = _load(arguments, choices, processes, status)
     names = {"model": _model(arguments), "dataset": arguments.source, "preset": arguments.preset}
     settings = RunSettings.of(qa, choices, whole, **names)
@@ -172,10 +178,19 @@ def _filters(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("duration", "domain", "limit", "ids")}
 
 
-def _look_over(items: Sequence[VideoItem]) -> None:
-    """Say what of a set is missing or cannot be read. Raises `RRVideoError` if that is every video."""
+def _look_over(whole: Sequence[VideoItem], items: Sequence[VideoItem], *, subtitles: bool) -> None:
+    """Say what of a set's `items` is missing or cannot be read.
+
+    Raises `RRVideoError` if that is every video, or if there are to be `subtitles` and the `whole` set has none.
+    """
     from rreval.data import check_set
 
+    if subtitles and not any(item.subtitle for item in whole):
+        raise RRVideoError(
+            "the set has no subtitles", "put them beside data/ as subtitle/<videoID>.srt, or leave --subtitles out"
+        )
+    if subtitles and (silent := sum(item.subtitle is None for item in items)):
+        print(f"rrvideo: {silent} of {len(items)} videos have no subtitles: asked without", file=sys.stderr)
     problems = check_set(items)
     for problem in problems[:SOME]:
         print(f"rrvideo: {problem.item.video_id}: {problem.message}", file=sys.stderr)
@@ -202,7 +217,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _load(arguments: argparse.Namespace, choices: Mapping[str, Any], processes: Processes, status: Status) -> VideoQA:
-    from rrattention import RRConfig
+    from rreval.settings import config_of
     from rrvideo.cli import EMBEDDED_MODEL
     from rrvideo.pipeline import VideoQA
 
@@ -219,7 +234,7 @@ def _load(arguments: argparse.Namespace, choices: Mapping[str, Any], processes: 
     return VideoQA.load(
         model,
         attention=choices["attention"],
-        config=RRConfig(tau=choices["tau"]),
+        config=config_of(choices),
         device=processes.device if arguments.device == "auto" else arguments.device,
         dtype=arguments.dtype,
         device_map=arguments.device_map,
@@ -293,6 +308,7 @@ def _needle(arguments: argparse.Namespace) -> int:
     from rreval import heatmap
     from rreval.needle import NeedleTest, measure, read_trials
     from rreval.processes import Processes
+    from rreval.settings import DEFAULTS
 
     status = Status(quiet=arguments.quiet)
 
@@ -300,7 +316,8 @@ def _needle(arguments: argparse.Namespace) -> int:
         status.show("hiding needles", f"{done} of {total} videos watched")
 
     try:
-        qa = _load(arguments, {"attention": "rr", "tau": 0.95}, Processes(), status)
+        choices = {**DEFAULTS, "attention": "rr", "rule": arguments.rule}
+        qa = _load(arguments, choices, Processes(), status)
         given = {field.name: getattr(arguments, field.name) for field in fields(NeedleTest) if field.name in arguments}
         for _ in measure(qa, NeedleTest(**given), arguments.out, progress=progress):
             pass

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rreval.settings import PRESETS
+from rreval.settings import PRESETS, RULES
 from rrvideo import options
 
-__all__ = ["add_set", "add_settings"]
+__all__ = ["RULE", "add_set", "add_settings"]
+
+RULE = "which blocks RRAttention keeps: by its own default rule, or by the paper's (default: default)"
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +45,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
     add("--attention", "RRAttention, or full attention (default: rr)", choices=("rr", "full"))
     add("--tau", "the share of attention that RRAttention keeps (default: 0.95)", metavar="SHARE", type=options.share)
+    add("--rule", RULE, choices=RULES)
     add("--fps", "frames a second (default: 1)", metavar="F", type=options.positive)
     add("--max-frames", "frames at most (default: 768)", metavar="N", type=options.count)
     add("--sampling", "evenly spread frames, or keyframes (default: uniform)", choices=("uniform", "keyframes"))

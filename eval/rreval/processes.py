@@ -10,8 +10,10 @@ from typing import TypeVar
 
 from rrvideo.errors import RRVideoError
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "launched_for_cpu"]
 
+# Where torchrun and accelerate, and where MPI programs, say how many processes there are.
+COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 PATIENCE = timedelta(days=30)  # the first to end waits for the last one, which may still have hours to go
 
 T = TypeVar("T")
@@ -29,13 +31,13 @@ class Processes:
     @classmethod
     def join(cls) -> Processes:
         """Meet the processes that were launched together with this one."""
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if max(int(os.environ.get(name) or 1) for name in COUNTS) == 1:
             return cls()
         from accelerate import PartialState
 
         # They only tell each other who does what: that needs no GPU, on which a wait would be work.
         state = PartialState(cpu=True, timeout=PATIENCE)
-        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # where MPI says it elsewhere, accelerate puts it here
         return cls(state.process_index, state.num_processes, state.local_process_index, local_count)
 
     @property
@@ -83,3 +85,8 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().destroy_process_group()
+
+
+def launched_for_cpu() -> bool:
+    """Whether `accelerate launch --cpu` was asked for several processes: it then names a place for them to meet."""
+    return os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ

@@ -13,9 +13,10 @@ from rreval.data import VideoItem, digest
 from rrvideo.errors import RRVideoError
 
 if TYPE_CHECKING:
+    from rrattention import RRConfig
     from rrvideo.pipeline import VideoQA
 
-__all__ = ["DEFAULTS", "LABELS", "PRESETS", "Preset", "RunSettings", "choices_of", "versions"]
+__all__ = ["DEFAULTS", "LABELS", "PRESETS", "RULES", "Preset", "RunSettings", "choices_of", "config_of", "versions"]
 
 TOKEN = 28 * 28  # pixels of a visual token of Qwen2-VL and Qwen2.5-VL, in each of the two frames that it stands for
 
@@ -23,6 +24,7 @@ TOKEN = 28 * 28  # pixels of a visual token of Qwen2-VL and Qwen2.5-VL, in each 
 DEFAULTS: dict[str, Any] = {
     "attention": "rr",
     "tau": 0.95,
+    "rule": "default",
     "fps": 1.0,
     "max_frames": 768,
     "sampling": "uniform",
@@ -35,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "subtitles": False,
     "max_new_tokens": 128,
 }
+RULES = ("default", "paper")  # by which blocks are kept: RRConfig's, or RRConfig.paper's
 PIXELS = ("min_pixels", "max_pixels", "total_pixels")
 # Settings that only name things: two runs that differ in nothing else are one.
 LABELS = ("preset", "model", "dataset", "versions")
@@ -70,9 +73,9 @@ PRESETS = {
         "128 to 768 tokens for two frames: qwen-vl-utils. Published for the 7B: 65.1, with subtitles 71.6.",
     ),
     "rrattention-paper": Preset(
-        {**_QWEN2_VL, "attention": "rr", "tau": 0.95},
-        "Blocks of 128, strides of 8, tau 0.95: RRAttention (arXiv 2602.05853). Frames as in qwen2-vl-paper. "
-        "Published for Qwen2-VL-7B: 64.3 at 34.7 % sparsity, and 63.9 with full attention.",
+        {**_QWEN2_VL, "attention": "rr", "tau": 0.95, "rule": "paper"},
+        "Blocks of 128, strides of 8, tau 0.95 for each row of blocks: RRAttention (arXiv 2602.05853). Frames as in "
+        "qwen2-vl-paper. Published for Qwen2-VL-7B: 64.3 at 34.7 % sparsity, and 63.9 with full attention.",
     ),
 }
 
@@ -87,6 +90,14 @@ def choices_of(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     if choices["reader"] == "decord" and find_spec("decord") is None:
         raise RRVideoError("decord is not installed", "pip install decord, or use --reader pyav")
     return choices
+
+
+def config_of(choices: Mapping[str, Any]) -> RRConfig:
+    """What RRAttention is to do by these choices."""
+    from rrattention import RRConfig
+
+    make = RRConfig.paper if choices["rule"] == "paper" else RRConfig
+    return make(tau=choices["tau"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
