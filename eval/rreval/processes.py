@@ -37,7 +37,7 @@ class Processes:
 
         # They only tell each other who does what: that needs no GPU, on which a wait would be work.
         state = PartialState(cpu=True, timeout=PATIENCE)
-        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # where MPI says it elsewhere, accelerate puts it here
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # by now it is there, whoever has started this
         return cls(state.process_index, state.num_processes, state.local_process_index, local_count)
 
     @property
