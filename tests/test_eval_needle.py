@@ -153,7 +153,7 @@ def test_the_table_has_the_share_of_right_answers_over_depth_and_length_and_what
         "0%": ["62%", ""],  # 5 of 8
         "100%": ["", "0%"],
         "density": ["1.00", "1.00"],
-        "prefill, seconds": ["0.5", "2.0"],
+        "prefill, seconds": ["0.50", "2.00"],
         "visual tokens": ["1,024", "2,048"],
         "all tokens": ["2,048", "4,096"],
     }

@@ -16,7 +16,7 @@ __all__ = ["Grid", "document", "draw", "grids", "markdown"]
 CHANCE = 0.25  # of four options
 MEANS = {  # of a trial's fields: what a table calls them, and how it writes them
     "density": ("density", ".2f"),
-    "prefill": ("prefill, seconds", ".1f"),
+    "prefill": ("prefill, seconds", ".2f"),
     "visual_tokens": ("visual tokens", ",.0f"),
     "prompt_tokens": ("all tokens", ",.0f"),
 }
@@ -86,9 +86,10 @@ def draw(shown: Sequence[Grid], path: Path) -> None:
     except ModuleNotFoundError as error:
         raise RRVideoError("matplotlib, which draws, is not installed", 'pip install "rrvideo[eval]"') from error
     depths, lengths = shown[0].depths, shown[0].lengths
-    size = (2.2 + len(shown) * (0.8 + 0.9 * len(lengths)), 1.9 + 0.5 * len(depths))  # inches
+    size = (2.4 + len(shown) * (0.4 + 0.85 * len(lengths)), 2.1 + 0.5 * len(depths))  # inches
     figure = Figure(figsize=size, layout="constrained")
-    for axes, grid in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    panels: Any = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, grid in zip(panels, shown, strict=True):
         rows = [[grid.accuracy(depth, length) for length in lengths] for depth in depths]
         values = [[float("nan") if value is None else value for value in row] for row in rows]
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -96,12 +97,25 @@ def draw(shown: Sequence[Grid], path: Path) -> None:
             for x, value in enumerate(row):
                 if value is not None:
                     axes.text(x, y, f"{value:.0%}", ha="center", va="center", color="black" if value > 0.6 else "white")
-        axes.set_title(grid.title)
+        axes.set_title(grid.title, loc="left", fontweight="bold")
         axes.set_xticks(range(len(lengths)), [_under(grid, length) for length in lengths])
+        axes.set_xticks([x + 0.5 for x in range(len(lengths) - 1)], minor=True)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set_xlabel("visual tokens, density, seconds of prefill")
-        axes.set_ylabel("depth")
-    figure.colorbar(image, ax=figure.axes, label=f"right answers ({CHANCE:.0%} by chance)")
+        axes.set_yticks([y + 0.5 for y in range(len(depths) - 1)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=2.5)
+        axes.tick_params(which="both", length=0)
+        axes.spines[:].set_visible(False)
+    panels[0].set_ylabel("depth of the needle")
+    panels[0].annotate(  # says what stands under each column
+        "visual tokens\ndensity\nprefill",
+        **{"xy": (0, 0), "xycoords": "axes fraction", "xytext": (-3.5, -3.5), "textcoords": "offset points"},
+        **{"ha": "right", "va": "top", "color": "dimgrey"},
+    )
+    bar = figure.colorbar(
+        image, ax=list(panels), ticks=[0, CHANCE, 0.5, 0.75, 1], format="{x:.0%}", aspect=15, pad=0.02
+    )
+    bar.set_label(f"right answers ({CHANCE:.0%} by chance)")
+    bar.outline.set_visible(False)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -124,9 +138,9 @@ def _table(grid: Grid) -> str:
 
 
 def _under(grid: Grid, length: int) -> str:
-    return "\n".join(
-        [_short(length), _text(grid.mean("density", length), ".2f"), _text(grid.mean("prefill", length), ".1f")]
-    )
+    seconds = grid.mean("prefill", length)
+    prefill = "" if seconds is None else f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return "\n".join([_short(length), _text(grid.mean("density", length), ".2f"), prefill])
 
 
 def _text(value: float | None, form: str) -> str:

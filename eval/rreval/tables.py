@@ -199,7 +199,7 @@ def _flips(comparison: Comparison) -> Table:
     return Table(
         "list",
         f"Questions that {comparison.other} gains or loses against {comparison.baseline}",
-        ("question", "duration", "task type", "right", comparison.baseline, comparison.other, "", "text"),
+        ("question", "duration", "task type", "right", comparison.baseline, comparison.other, "change", "text"),
         tuple(
             (
                 flip.question_id,
