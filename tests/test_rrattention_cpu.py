@@ -66,6 +66,8 @@ SMALL = Case(330, 330)
 causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 both_scopes = pytest.mark.parametrize("scope", ["row", "heads"])
+both_counts = pytest.mark.parametrize("counted", ["all", "choice"])
+both_ways_to_skip = pytest.mark.parametrize("skipped", ["dropped", "pooled"])
 
 
 @pytest.fixture(params=[None, 1], ids=["large-steps", "small-steps"])
@@ -103,11 +105,12 @@ def test_scores_equal_the_reference(case, causal, dtype, steps):
 @all_cases
 @causal_or_not
 @both_scopes
+@both_counts
 @pytest.mark.parametrize("tau", [0.3, 0.9, 1.0])
-def test_the_same_scores_select_the_same_blocks(case, causal, scope, tau):
+def test_the_same_scores_select_the_same_blocks(case, causal, scope, counted, tau):
     q, k, _ = case.qkv()
     for sink, last in [(True, True), (False, False)]:
-        config = case.config(tau=tau, scope=scope, sink=sink, dense_last_block=last)
+        config = case.config(tau=tau, scope=scope, counted=counted, sink=sink, dense_last_block=last)
         grid = case.grid(config, causal)
         scores = reference.estimate(q, k, grid, stride=case.stride, scale=case.dim**-0.5)
         same_blocks(cpu.select(scores, grid, config), reference.select(scores, grid, config))
@@ -150,11 +153,12 @@ def test_attending_to_any_blocks_equals_the_reference(case, causal, dtype, steps
 
 
 @both_scopes
+@both_ways_to_skip
 @all_cases
 @causal_or_not
-def test_the_stages_together_equal_the_reference(case, causal, scope):
+def test_the_stages_together_equal_the_reference(case, causal, scope, skipped):
     q, k, v = case.qkv()
-    config = case.config(scope=scope)
+    config = case.config(scope=scope, counted="all", skipped=skipped)
     options = {"config": config, "causal": causal, "return_stats": True}
     options["kv_start"] = None if case.kv_start is None else torch.tensor(case.kv_start)
     out, stats = rr_attention(q, k, v, backend="cpu", **options)

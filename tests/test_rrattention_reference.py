@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,11 +109,12 @@ def test_every_position_of_a_stride_is_seen_by_some_head():
         assert moved.tolist() == [h % 4 == position for h in range(8)]
 
 
+@pytest.mark.parametrize("counted", ["all", "choice"])
 @pytest.mark.parametrize("scope", ["row", "heads"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("tau", [0.3, 0.8, 0.95])
-def test_no_smaller_set_with_the_mandatory_blocks_carries_tau(scope, causal, tau):
-    config = RRConfig(block_size=16, stride=4, tau=tau, scope=scope, dense_last_block=False)
+def test_no_smaller_set_with_the_mandatory_blocks_carries_tau(scope, counted, causal, tau):
+    config = RRConfig(block_size=16, stride=4, tau=tau, scope=scope, counted=counted, dense_last_block=False)
     q, k, _ = make_qkv(80, 80, heads=2, kv_heads=1, batch=1)
     scores = estimate(q, k, config=config, causal=causal)[0]
     kept = select(scores[None], 80, 80, config=config, causal=causal).mask()[0]
@@ -122,6 +124,8 @@ def test_no_smaller_set_with_the_mandatory_blocks_carries_tau(scope, causal, tau
         must[:, [0, m]] = True
         for heads in [[0], [1]] if scope == "row" else [[0, 1]]:
             options, forced = mass[heads].flatten(), must[heads].flatten()
+            if counted == "choice":
+                options = options.where(~forced, 0)
             visible = torch.full((len(heads), 5), True)
             if causal:
                 visible[:, m + 1 :] = False
@@ -139,7 +143,8 @@ def test_no_smaller_set_with_the_mandatory_blocks_carries_tau(scope, causal, tau
 @pytest.mark.parametrize("tau", [0.5, 0.9])
 def test_sharing_tau_over_heads_keeps_its_mass_with_no_more_blocks_than_a_tau_for_each_row(tau):
     q, k, _ = make_qkv(160, 160)
-    rows, heads = (RRConfig(16, 4, tau=tau, scope=scope, dense_last_block=False) for scope in ("row", "heads"))
+    rows = RRConfig(16, 4, tau=tau, scope="row", counted="all", dense_last_block=False)
+    heads = replace(rows, scope="heads")
     scores = estimate(q, k, config=rows)
     by_row = select(scores, 160, 160, config=rows)
     by_heads = select(scores, 160, 160, config=heads)
@@ -200,6 +205,60 @@ def test_attending_to_any_blocks_equals_dense_attention_under_their_mask(query_l
     torch.testing.assert_close(attend(q, k, v, selection), expected, rtol=1e-9, atol=1e-12)
 
 
+def with_means(k, kept, *, causal, kv_start, block_size):
+    """Of each query block's keys or values: those of blocks that are left out replaced by their block's mean.
+
+    `kept` [B, H, query_blocks, key_blocks]; returns [B, H, query_blocks, Lk, D]. As many keys as a block has, all
+    equal to the mean, are what a mean with the weight of a block says.
+    """
+    batch, heads, rows, _ = kept.shape
+    group, replaced = heads // k.shape[1], k.repeat_interleave(heads // k.shape[1], dim=1)
+    replaced = replaced[:, :, None].repeat(1, 1, rows, 1, 1)
+    for b, h, row, block in (~kept).nonzero().tolist():
+        first = (kv_start[b] if kv_start else 0) + block * block_size
+        replaced[b, h, row, first : first + block_size] = k[b, h // group, first : first + block_size].mean(dim=0)
+    return replaced
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("query_length", "key_length", "kv_start"), SHAPES, ids=SHAPE_IDS)
+def test_pooling_what_is_left_out_equals_attention_to_as_many_mean_keys(query_length, key_length, kv_start, causal):
+    q, k, v = make_qkv(query_length, key_length)
+    grid = BlockGrid.of(q, query_length, key_length, SMALL, causal=causal, kv_start=starts(kv_start))
+    drawn = torch.rand(2, 6, grid.query_blocks, grid.key_blocks, generator=torch.Generator().manual_seed(0)) < 0.4
+    kept = (drawn | grid.mandatory()[:, None]) & grid.visible()[:, None]
+    if not causal:  # the block that a sequence ends in may be ragged, and then nothing stands for it
+        kept |= grid.visible()[:, None] & (
+            torch.arange(grid.key_blocks) == (grid.length[:, None, None, None] - 1) // 16
+        )
+    options = {"causal": causal, "kv_start": kv_start, "block_size": 16}
+    keys, values = with_means(k, kept, **options), with_means(v, kept, **options)
+    expected = torch.zeros_like(q)
+    for b, h, row in itertools.product(range(2), range(6), range(query_length)):
+        start = kv_start[b] if kv_start else 0
+        position, first = row + key_length - query_length, max(key_length - query_length - start, 0) // 16
+        if position >= start:
+            block = (position - start) // 16 - first
+            seen = slice(start, position + 1 if causal else key_length)
+            weights = (keys[b, h, block, seen] @ q[b, h, row] / math.sqrt(8)).softmax(0)
+            expected[b, h, row] = weights @ values[b, h, block, seen]
+    selection = BlockSelection.from_mask(kept, grid)
+    out = attend(q, k, v, selection, skipped="pooled")
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(out, attend(q, k, v, selection)) != selection.left_out().any()
+
+
+def test_nothing_of_a_blocks_future_stands_for_it():
+    q, k, v = make_qkv(64, 64, batch=1)
+    grid = BlockGrid.of(q, 64, 64, SMALL)
+    kept = grid.mandatory()[:, None].repeat(1, 6, 1, 1)
+    kept[:, :, 2, 2] = False  # its own: a caller's odd selection
+    selection = BlockSelection.from_mask(kept, grid)
+    out = attend(q, k, v, selection, skipped="pooled")
+    k[:, :, 47], v[:, :, 47] = 9.0, 9.0
+    assert torch.equal(attend(q, k, v, selection, skipped="pooled")[:, :, :47], out[:, :, :47])
+
+
 def test_a_query_block_with_an_empty_list_returns_zeros():
     q, k, v = make_qkv(48, 48)
     grid = BlockGrid.of(q, 48, 48, SMALL)
@@ -234,7 +293,7 @@ def test_tau_one_equals_dense_with_a_prefix_and_padding(query_length, key_length
 
 @pytest.mark.parametrize("scope", ["row", "heads"])
 def test_a_small_tau_differs_from_dense_and_keeps_tau_of_the_estimated_mass(scope):
-    config = RRConfig(tau=0.6, scope=scope, min_tokens=0)
+    config = RRConfig(tau=0.6, scope=scope, counted="all", min_tokens=0)
     q, k, v = make_qkv(1000, 1000, dim=32, dtype=torch.float32, batch=1)
     out, stats = rr_attention(q, k, v, config=config, return_stats=True)
     scores = estimate(q, k, config=config)
@@ -444,6 +503,8 @@ def test_stages_refuse_what_was_made_for_other_lengths():
         ("tau", 1.5),
         ("tau", float("nan")),
         ("scope", "layer"),
+        ("counted", "some"),
+        ("skipped", "kept"),
         ("min_tokens", -1),
     ],
 )
@@ -452,9 +513,16 @@ def test_a_wrong_config_names_the_field_and_the_value(field, value):
         RRConfig(**{field: value})
 
 
-def test_the_papers_rule_is_per_row():
-    assert RRConfig.paper() == RRConfig(scope="row")
+def test_the_papers_rule_is_per_row_of_all_mass_and_drops_the_rest():
+    assert RRConfig.paper() == RRConfig(scope="row", counted="all", skipped="dropped")
     assert RRConfig.paper(0.9).tau == 0.9
+
+
+def test_an_unknown_way_to_skip_is_named():
+    q, k, v = make_qkv(16, 16)
+    selection = select(estimate(q, k, config=SMALL), 16, 16, config=SMALL)
+    with pytest.raises(ValueError, match="skipped must be one of dropped, pooled, got 'kept'"):
+        attend(q, k, v, selection, skipped="kept")
 
 
 def test_importing_rrattention_imports_neither_transformers_nor_triton():

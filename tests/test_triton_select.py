@@ -64,22 +64,24 @@ def assert_selections_are_equal(selection, expected):
         assert torch.equal(selection.indices[tuple(index)][:count], expected.indices[tuple(index)][:count])
 
 
+@pytest.mark.parametrize("counted", ["all", "choice"])
 @pytest.mark.parametrize("scope", ["row", "heads"])
 @pytest.mark.parametrize(("query_length", "key_length", "kv_start", "causal"), CASES, ids=CASE_IDS)
-def test_lists_equal_the_reference_for_every_shape(query_length, key_length, kv_start, causal, scope, device):
-    config = RRConfig(block_size=16, stride=4, tau=0.75, scope=scope)
+def test_lists_equal_the_reference_for_every_shape(query_length, key_length, kv_start, causal, scope, counted, device):
+    config = RRConfig(block_size=16, stride=4, tau=0.75, scope=scope, counted=counted)
     batch = len(kv_start or [0])
     grid = make_grid(query_length, key_length, config, device, causal=causal, kv_start=kv_start, batch=batch)
     scores = make_exact_scores(grid, heads=2)
     assert_selections_are_equal(select(scores, grid, config), reference.select(scores, grid, config))
 
 
+@pytest.mark.parametrize("counted", ["all", "choice"])
 @pytest.mark.parametrize("scope", ["row", "heads"])
 @pytest.mark.parametrize("sink", [True, False], ids=["sink", "nosink"])
 @pytest.mark.parametrize("last", [True, False], ids=["denselast", "sparselast"])
 @pytest.mark.parametrize("tau", [0.25, 0.9375, 1.0])
-def test_lists_equal_the_reference_for_every_rule(tau, last, sink, scope, device):
-    config = RRConfig(16, 4, tau=tau, scope=scope, sink=sink, dense_last_block=last)
+def test_lists_equal_the_reference_for_every_rule(tau, last, sink, scope, counted, device):
+    config = RRConfig(16, 4, tau=tau, scope=scope, counted=counted, sink=sink, dense_last_block=last)
     grid = make_grid(32, 160, config, device)
     scores = make_exact_scores(grid, heads=3)
     assert_selections_are_equal(select(scores, grid, config), reference.select(scores, grid, config))
@@ -91,7 +93,7 @@ def test_lists_equal_the_reference_for_every_rule(tau, last, sink, scope, device
     ids=["row", "heads"],
 )
 def test_of_equal_blocks_the_first_are_kept(scope, lists, device):
-    config = RRConfig(16, 4, tau=0.625, scope=scope, sink=False, dense_last_block=False)
+    config = RRConfig(16, 4, tau=0.625, scope=scope, counted="all", sink=False, dense_last_block=False)
     grid = make_grid(16, 64, config, device)
     scores = torch.ones(1, 2, 1, 4, device=device)
     selection = select(scores, grid, config)
@@ -109,14 +111,17 @@ def test_lists_longer_than_a_tile_equal_the_reference(key_blocks, scope, device)
     assert_selections_are_equal(select(scores, grid, config), reference.select(scores, grid, config))
 
 
+@pytest.mark.parametrize("counted", ["all", "choice"])
 @pytest.mark.parametrize("scope", ["row", "heads"])
 @pytest.mark.parametrize("tau", [0.3, 0.95, 0.999])
-def test_no_block_can_be_spared_and_tau_is_carried(tau, scope, device):
-    config = RRConfig(16, 4, tau=tau, scope=scope, dense_last_block=False)
+def test_no_block_can_be_spared_and_tau_is_carried(tau, scope, counted, device):
+    config = RRConfig(16, 4, tau=tau, scope=scope, counted=counted, dense_last_block=False)
     grid = make_grid(32, 480, config, device)
     scores = make_random_scores(grid, heads=3)
     kept = select(scores, grid, config).mask()
     share = scores.double() / scores.double().sum(-1, keepdim=True)
+    if counted == "choice":
+        share = share.where(~grid.mandatory()[:, None], 0)
     optional = kept & ~grid.mandatory()[:, None]
     dims = (3,) if scope == "row" else (1, 3)
     carried, needed = (share * kept).sum(dims), tau * share.sum(dims)
@@ -141,7 +146,7 @@ def test_a_row_without_mass_keeps_all_it_sees(scope, device):
 
 @pytest.mark.parametrize("scope", ["row", "heads"])
 def test_scores_of_all_sizes_are_told_apart(scope, device):
-    config = RRConfig(16, 4, tau=0.5, scope=scope, sink=False, dense_last_block=False)
+    config = RRConfig(16, 4, tau=0.5, scope=scope, counted="all", sink=False, dense_last_block=False)
     grid = make_grid(16, 160, config, device)
     scores = torch.zeros(1, 1, 1, 10, device=device)
     for exponent in (-126, -60, 0, 60, 120):

@@ -26,13 +26,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from rrattention.triton.launch import DTYPES, TABLE, Launch, key_for
 
 # Each architecture with its line of the launch table and the KB of shared memory that a program may have there.
 ARCHITECTURES = {80: (80, 163), 89: (86, 99), 90: (90, 227), 100: (100, 227), 120: (120, 99)}
 CHOICES = {
-    "kernel": ("pool", "estimate", "select", "attend"),
+    "kernel": ("pool", "estimate", "select", "attend", "means", "hopper"),
     "arch": tuple(ARCHITECTURES),
     "dtype": tuple(DTYPES.values()),
     "head_dim": (64, 80, 96, 128, 256),
@@ -40,8 +41,13 @@ CHOICES = {
     "stride": (4, 8, 16),
 }
 # What a kernel's code does not depend on; "select" always reads float32 scores.
-INDIFFERENT = {"select": ("dtype", "head_dim", "stride"), "attend": ("stride",)}
-DEFAULTS = {"dtype": "fp32", "head_dim": 128, "stride": 8}
+INDIFFERENT = {
+    "select": ("dtype", "head_dim", "stride"),
+    "attend": ("stride",),
+    "means": ("stride",),
+    "hopper": ("block_size", "stride"),
+}
+DEFAULTS = {"dtype": "fp32", "head_dim": 128, "block_size": 128, "stride": 8}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = re.compile(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b")
 
@@ -59,8 +65,15 @@ class Case:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """Where the launch table has it, in the architecture's part."""
+        """Where the launch table has it, in the architecture's part; ValueError: it has no such case."""
         return key_for(TABLE[ARCHITECTURES[self.arch][0]], self.kernel, self.head_dim, dtype_named(self.dtype))
+
+    def exists(self) -> bool:
+        """Whether the launch table has it: Gluon's kernel is for one architecture."""
+        try:
+            return bool(self.key)
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +90,7 @@ class Report:
 def cases(chosen: Mapping[str, Sequence | None]) -> list[Case]:
     """Return every case among the chosen values, none twice; a field that is not chosen takes all its values."""
     every = itertools.product(*(chosen.get(field) or values for field, values in CHOICES.items()))
-    return list(dict.fromkeys(essential(Case(*values)) for values in every))
+    return list(filter(Case.exists, dict.fromkeys(essential(Case(*values)) for values in every)))
 
 
 def essential(case: Case) -> Case:
@@ -101,8 +114,9 @@ def compile_case(case: Case, launch: Launch | None = None) -> Report:
     kernel, signature, constants, launch = module.specialization(*shape, launch)
     types = {name: signature.get(name, "constexpr").partition(":")[0] for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if signature.get(name, "").endswith(":16")]
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     compiled = triton.compile(
-        ASTSource(kernel, types, dict(constants), {(i,): [["tt.divisibility", 16]] for i in aligned}),
+        source(kernel, types, dict(constants), {(i,): [["tt.divisibility", 16]] for i in aligned}),
         target=GPUTarget("cuda", case.arch, 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True},
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from types import ModuleType
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from rrattention.blocks import BlockGrid, BlockSelection, BlockStats
-from rrattention.config import RRConfig
+from rrattention.config import RRConfig, Skipped
 from rrattention.dense import dense_attention
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
@@ -29,7 +30,7 @@ def rr_attention(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BlockStats]:
-    """Attend to the key blocks that carry `config.tau` of the estimated attention mass.
+    """Attend to the key blocks that carry `config.tau` of the estimated attention mass, and to means of the others.
 
     q: [batch, heads, Lq, D], floating point. The last query is the last key's own: Lq < Lk means a cached prefix.
     k, v: [batch, kv_heads, Lk, D]; consecutive query heads share a key head, so kv_heads divides heads.
@@ -52,7 +53,7 @@ def rr_attention(
     else:
         scores = stages.estimate(q, k, grid, stride=config.stride, scale=scale)
         selection = stages.select(scores, grid, config)
-        out = stages.attend(q, k, v, selection, scale=scale)
+        out = stages.attend(q, k, v, selection, scale=scale, skipped=config.skipped)
         stats = selection.stats()
     return (out, stats) if return_stats else out
 
@@ -96,16 +97,29 @@ def select(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, selection: BlockSelection, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float | None = None,
+    skipped: Skipped = "dropped",
+    backend: str = "auto",
 ) -> Tensor:
-    """Return exact attention over the blocks of `selection`, [batch, heads, Lq, D]; tensors as in `rr_attention`."""
+    """Return exact attention over the blocks of `selection`, [batch, heads, Lq, D]; tensors as in `rr_attention`.
+
+    With `skipped="pooled"` the mean key and value of each block that is visible and not kept take part, too: of each
+    whole one, which in causal attention is every one.
+    """
     _check_query_key(q, k)
     _check_value(k, v)
     needed = (*q.shape[:3], k.shape[2])
     made_for = (*selection.indices.shape[:2], selection.grid.query_length, selection.grid.key_length)
     if made_for != needed:
         raise ValueError(f"selection must be for batch, heads and lengths {needed}, got one for {made_for}")
-    return _stages(backend, q).attend(q, k, v, selection, scale=_scale(q, scale))
+    if skipped not in get_args(Skipped):
+        raise ValueError(f"skipped must be one of {', '.join(get_args(Skipped))}, got {skipped!r}")
+    return _stages(backend, q).attend(q, k, v, selection, scale=_scale(q, scale), skipped=skipped)
 
 
 def _stages(backend: str, like: Tensor) -> ModuleType:

@@ -182,6 +182,14 @@ class BlockSelection:
         kept = listed.new_zeros(*self.indices.shape[:-1], self.grid.key_blocks + 1)
         return kept.scatter_(-1, targets, True)[..., :-1]
 
+    def left_out(self) -> Tensor:
+        """The blocks that are not kept though all queries see every key of them, and they are whole, as `mask`."""
+        grid = self.grid
+        block = torch.arange(grid.key_blocks, device=grid.device)
+        whole = (block + 1) * grid.block_size <= grid.length[:, None, None]  # [batch, 1, key_blocks]
+        seen = grid.visible() & whole & (block < grid.query_block()) if grid.causal else grid.visible() & whole
+        return seen[:, None] & ~self.mask()
+
     def stats(self) -> BlockStats:
         return BlockStats(self.counts.sum(), *self.grid.totals(self.indices.shape[1]))
 

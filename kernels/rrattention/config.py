@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
 
 Scope = Literal["row", "heads"]
+Counted = Literal["all", "choice"]
+Skipped = Literal["dropped", "pooled"]
 
 # Tokens from which on sparse prefill wins, measured with benchmarks/prefill.py: see README.md.
 MIN_TOKENS = {"cpu": 2560, "cuda": 8192}
@@ -17,13 +19,20 @@ MIN_TOKENS = {"cpu": 2560, "cuda": 8192}
 
 @dataclass(frozen=True, slots=True)
 class RRConfig:
-    """How blocks are scored and how many of them are kept.
+    """How blocks are scored, how many of them are kept, and what becomes of the others.
+
+    The defaults lose less than the paper's rule where both keep as many blocks (README.md has figures); `paper()` is
+    that rule.
 
     block_size: tokens in a block; a multiple of `stride`.
     stride: tokens in a stride: one query is sampled, and the keys are averaged, over each.
     tau: the share of the estimated attention mass that the kept blocks carry, in (0, 1]; 1 keeps every visible block.
     scope: who shares one tau: "row" is one query block of one head, the paper's rule; "heads" is all heads of one
         query block, which drops blocks where they matter least over the heads.
+    counted: of which mass tau is a share: of "all", as in the paper, where a sink that takes nearly everything leaves
+        little to be kept of the rest; or of the blocks that there is a "choice" about, without the mandatory ones.
+    skipped: what becomes of blocks that are not kept: "dropped", as in the paper, or "pooled": the mean key and the
+        mean value of each stand for it, with the weight of as many keys as it has.
     sink: always keep the first key block.
     dense_last_block: the last query block of the call keeps every visible block.
     min_tokens: with fewer keys than this the call is dense; None is the length at which sparse was measured to win on
@@ -35,7 +44,9 @@ class RRConfig:
     block_size: int = 128
     stride: int = 8
     tau: float = 0.95
-    scope: Scope = "row"
+    scope: Scope = "heads"
+    counted: Counted = "choice"
+    skipped: Skipped = "pooled"
     sink: bool = True
     dense_last_block: bool = True
     min_tokens: int | None = None
@@ -51,13 +62,14 @@ class RRConfig:
             raise ValueError(f"block_size must be a multiple of stride {self.stride}, got {self.block_size}")
         if not isinstance(self.tau, int | float) or not 0 < self.tau <= 1:
             raise ValueError(f"tau must lie in (0, 1], got {self.tau!r}")
-        if self.scope not in get_args(Scope):
-            raise ValueError(f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}")
+        for name, kind in (("scope", Scope), ("counted", Counted), ("skipped", Skipped)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 
     @classmethod
     def paper(cls, tau: float = 0.95) -> RRConfig:
-        """Return the paper's rule: every query block of every head keeps its own `tau` of the mass."""
-        return cls(tau=tau, scope="row")
+        """Return the paper's rule: every query block of every head keeps its own `tau` of all mass, and nothing else."""
+        return cls(tau=tau, scope="row", counted="all", skipped="dropped")
 
     def sparse(self, tokens: int, device: torch.device) -> bool:
         """Whether a prefill of so many tokens is long enough for `device` to gain by leaving out blocks."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rrattention.blocks import BlockGrid, BlockSelection
-from rrattention.config import RRConfig
+from rrattention.config import RRConfig, Skipped
 
 SCORES_PER_THREAD = 1 << 18  # of one step: 1 MiB of float32
 STEP_KEYS = 1024  # of one step for each query, at least; fewer would not keep the matrix products busy
@@ -82,7 +82,7 @@ def estimate(query: Tensor, key: Tensor, grid: BlockGrid, *, stride: int, scale:
 
 @torch.no_grad()
 def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
-    """Keep the smallest set of visible blocks that holds the mandatory ones and carries tau of the mass.
+    """Keep the smallest set of visible blocks that holds the mandatory ones and carries tau of the mass that counts.
 
     Query blocks without any mass, which no query was sampled from, keep every block that they see.
     """
@@ -94,12 +94,13 @@ def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
     if config.tau == 1.0:  # not left to sums: rounding could reach the total before the smallest blocks
         return BlockSelection.from_mask(visible.expand_as(scores), grid)
 
+    mass, must = scores, mandatory
+    if config.counted == "choice":
+        mass = mass.masked_fill(must, 0.0)
     if config.scope == "heads":  # one list for all heads, [B, query_blocks, H * key_blocks]
-        mass = (scores / total.clamp(min=torch.finfo(scores.dtype).tiny)).transpose(1, 2).flatten(2)
+        mass = (mass / total.clamp(min=torch.finfo(scores.dtype).tiny)).transpose(1, 2).flatten(2)
         must = mandatory.expand_as(scores).transpose(1, 2).flatten(2)
-        target = config.tau * mass.sum(dim=-1, keepdim=True)
-    else:
-        mass, must, target = scores, mandatory, config.tau * total
+    target = config.tau * mass.sum(dim=-1, keepdim=True)
     given = mass.where(must, 0.0).sum(dim=-1, keepdim=True)
     largest, order = mass.masked_fill(must, 0.0).sort(dim=-1, descending=True, stable=True)
     carried = given + functional.pad(largest, (1, -1)).cumsum(dim=-1)  # before each is taken
@@ -110,9 +111,18 @@ def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
 
 
 @torch.no_grad()
-def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float,
+    skipped: Skipped = "dropped",
+) -> Tensor:
     """Softmax attention of each query block over its kept blocks, in float32 at least.
 
+    With `skipped="pooled"` the mean key and value of every whole block that is visible and not kept take part, too.
     Returns [B, H, Lq, D] in the dtype of `query`; rows that see no key, padding among them, are zeros.
     """
     grid, size = selection.grid, selection.grid.block_size
@@ -121,6 +131,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection,
     room = max(1, _budget() // size**2)  # blocks of one step
     keys, values = (_key_to_grid(x, grid).to(accumulate).reshape(-1, size, dim) for x in (key, value))
     mixer = _Mixer(keys, values, room)
+    means = None
+    if skipped == "pooled":
+        mean_keys, mean_values = (x.mean(dim=1).view(-1, grid.key_blocks, dim) for x in (keys, values))  # [B * K, ...]
+        left_out = selection.left_out().flatten(0, 2)  # [B * H * query_blocks, key_blocks]
 
     # From here on a row is one query block of one head and sequence, and rows that keep equally many blocks are
     # neighbours: [B * H * query_blocks, ...].
@@ -150,10 +164,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection,
         queries = query_rows.index_select(0, order[part]).to(accumulate).mT.contiguous()  # [rows, D, block]
         queries *= scale * LOG2_E
         listed = queries, blocks[part, :count], bias if len(bias) == 1 else bias[part]
-        mixed, total = mixer.mix(*listed, shifted=shifted)
+        if skipped == "pooled":
+            rows = order[part]
+            key_head = rows // grid.query_blocks // group
+            hidden_means = left_out[rows].logical_not_()[:, :, None]
+            means = mean_keys[key_head], mean_values[key_head], hidden_means
+        mixed, total = mixer.mix(*listed, means, shifted=shifted)
         if not shifted and not total.log2().abs().amax() < LARGEST_EXPONENT:  # NaN and infinity included
             shifted = True  # and stays so: where one batch needs it, others do
-            mixed, total = mixer.mix(*listed, shifted=True)
+            mixed, total = mixer.mix(*listed, means, shifted=True)
         out.index_copy_(0, order[part], mixed.div_(total.mT).to(query.dtype))
     return _shift_rows(out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
@@ -167,24 +186,25 @@ class _Mixer:
         self.key_buffer, self.value_buffer = (self.keys.new_empty(room, self.size * self.dim) for _ in range(2))
         self.score_buffer = keys.new_empty(room, self.size, self.size)
 
-    def mix(self, queries: Tensor, blocks: Tensor, bias: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
+    def mix(
+        self,
+        queries: Tensor,
+        blocks: Tensor,
+        bias: Tensor,
+        means: tuple[Tensor, Tensor, Tensor] | None,
+        *,
+        shifted: bool,
+    ) -> tuple[Tensor, Tensor]:
         """Return the sum of 2^score * value over the listed blocks, [rows, block, D], and of 2^score, [rows, 1, block].
 
         queries [rows, D, block], blocks [rows, n]; `bias` is added to the scores of the last, [block, block] each.
+        `means` are keys and values [rows, n, D] that stand for a block each, and which of them do not, [rows, n, 1].
         With `shifted`, scores are taken relative to each query's highest: their powers then never leave the range.
         """
-        rows, count = blocks.shape
+        rows = len(blocks)
         mixed, total = queries.new_zeros(rows, self.size, self.dim), queries.new_zeros(rows, 1, self.size)
         peak = torch.full_like(total, -torch.inf)
-        steps = math.ceil(count / max(1, self.room // rows))
-        for step, columns in enumerate(blocks.tensor_split(steps, dim=1)):
-            listed = columns.flatten()
-            keys = torch.index_select(self.keys, 0, listed, out=self.key_buffer[: len(listed)]).view(rows, -1, self.dim)
-            values = torch.index_select(self.values, 0, listed, out=self.value_buffer[: len(listed)]).view_as(keys)
-            scores = self.score_buffer[: len(listed)].view(rows, -1, self.size)  # [rows, keys, block]
-            torch.bmm(keys, queries, out=scores)
-            if step == steps - 1:
-                scores[:, -self.size :] += bias
+        for scores, values in self._steps(queries, blocks, bias, means):
             if shifted:
                 previous, peak = peak, peak.maximum(scores.amax(dim=1, keepdim=True))
                 fade = (previous - peak).exp2_()
@@ -193,6 +213,26 @@ class _Mixer:
             total += scores.exp2_().sum(dim=1, keepdim=True)
             mixed.baddbmm_(scores.mT, values)
         return mixed, total
+
+    def _steps(
+        self, queries: Tensor, blocks: Tensor, bias: Tensor, means: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield scores, [rows, keys, block], and the values [rows, keys, D] that they weigh; see `mix`."""
+        rows, count = blocks.shape
+        steps = math.ceil(count / max(1, self.room // rows))
+        for step, columns in enumerate(blocks.tensor_split(steps, dim=1)):
+            listed = columns.flatten()
+            keys = torch.index_select(self.keys, 0, listed, out=self.key_buffer[: len(listed)]).view(rows, -1, self.dim)
+            values = torch.index_select(self.values, 0, listed, out=self.value_buffer[: len(listed)]).view_as(keys)
+            scores = self.score_buffer[: len(listed)].view(rows, -1, self.size)
+            torch.bmm(keys, queries, out=scores)
+            if step == steps - 1:
+                scores[:, -self.size :] += bias
+            yield scores, values
+        if means is not None:
+            mean_keys, mean_values, hidden = means
+            scores = torch.bmm(mean_keys, queries).add_(math.log2(self.size))  # of as many keys as a block has
+            yield scores.masked_fill_(hidden, -torch.inf), mean_values
 
 
 def _batches(counts: Tensor, room: int, narrow: int) -> Iterator[tuple[int, slice]]:

@@ -2,7 +2,7 @@
 
     estimate   sample one query and average the keys in every stride, softmax between them, sum the mass block by block
     select     the smallest set of blocks that carries tau of that mass
-    attend     exact softmax attention over the kept blocks
+    attend     exact softmax attention over the kept blocks, and over one mean key and value for each of the others
 
 Written to be read, not to be fast. Memory grows with (length / stride)^2 in `estimate` and with length elsewhere:
 `attend` gathers the kept blocks of one query block at a time. All sums are float32, or float64 for float64 inputs.
@@ -12,12 +12,14 @@ Shapes: B batch, H query heads, K key heads, G = H / K query heads to a key head
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rrattention.blocks import BlockGrid, BlockSelection
-from rrattention.config import RRConfig
+from rrattention.config import RRConfig, Skipped
 
 
 def estimate(query: Tensor, key: Tensor, grid: BlockGrid, *, stride: int, scale: float) -> Tensor:
@@ -58,7 +60,7 @@ def estimate(query: Tensor, key: Tensor, grid: BlockGrid, *, stride: int, scale:
 
 
 def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
-    """Keep the smallest set of visible blocks that holds the mandatory ones and carries tau of the mass.
+    """Keep the smallest set of visible blocks that holds the mandatory ones and carries tau of the mass that counts.
 
     `scores` are those of `estimate`. A query block that no query was sampled from (it has fewer rows than a stride)
     keeps every block that it sees, and so does the last one with `dense_last_block`.
@@ -67,15 +69,16 @@ def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
     visible = grid.visible()[:, None].expand_as(scores)
     mandatory = grid.mandatory()[:, None].expand_as(scores)
     total = scores.sum(dim=-1, keepdim=True)
+    counted = scores if config.counted == "all" else scores.masked_fill(mandatory, 0.0)
 
     if config.tau == 1.0:
         kept = visible  # not left to sums: rounding could reach the total before the smallest blocks
     elif config.scope == "row":
-        kept = _smallest_set(scores, total, mandatory, config.tau)
+        kept = _smallest_set(counted, mandatory, config.tau)
     else:
-        # Every head brings a mass of one to its query block, and all the heads' blocks compete for tau of their sum.
-        share = (scores / total.clamp(min=torch.finfo(scores.dtype).tiny)).transpose(1, 2).flatten(2)
-        pool = _smallest_set(share, share.sum(-1, keepdim=True), mandatory.transpose(1, 2).flatten(2), config.tau)
+        # Every head brings a mass of one to its query block, and all the heads' blocks compete for tau of what counts.
+        share = (counted / total.clamp(min=torch.finfo(scores.dtype).tiny)).transpose(1, 2).flatten(2)
+        pool = _smallest_set(share, mandatory.transpose(1, 2).flatten(2), config.tau)
         kept = pool.unflatten(2, (heads, -1)).transpose(1, 2)
 
     everything = total == 0
@@ -84,10 +87,20 @@ def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
     return BlockSelection.from_mask((kept | everything) & visible, grid)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, *, scale: float) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float,
+    skipped: Skipped = "dropped",
+) -> Tensor:
     """Softmax attention of each query block over its kept blocks, in float32 at least, one query block at a time.
 
-    Returns [B, H, Lq, D] in the dtype of `query`; rows that see no key, padding among them, are zeros.
+    With `skipped="pooled"` the mean key and the mean value of every whole block that is visible and not kept take part,
+    too, with the weight of `block_size` keys. Returns [B, H, Lq, D] in the dtype of `query`; rows that see no key,
+    padding among them, are zeros.
     """
     grid, size = selection.grid, selection.grid.block_size
     accumulate = torch.promote_types(query.dtype, torch.float32)
@@ -103,6 +116,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection,
     sequence = torch.arange(query.shape[0], device=query.device)[:, None, None]
     key_head = torch.arange(query.shape[1], device=query.device)[:, None] // (query.shape[1] // key.shape[1])
 
+    mean_keys, mean_values = (x[:, key_head[:, 0]].to(accumulate).mean(dim=3) for x in (key_blocks, value_blocks))
+    stands_in = selection.left_out()  # [B, H, query_blocks, key_blocks]
+
     out = torch.zeros_like(query_blocks)
     for m, width in enumerate(selection.counts.amax(dim=(0, 1)).tolist()):
         listed = torch.arange(width, device=query.device) < selection.counts[:, :, m, None]
@@ -114,17 +130,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection,
         if grid.causal:
             hidden = hidden | (key_position > query_position[:, None, m, :, None])
 
-        scores = scale * query_blocks[:, :, m].to(accumulate) @ keys.mT  # [B, H, block, width * block]
+        queries = scale * query_blocks[:, :, m].to(accumulate)
+        scores = queries @ keys.mT  # [B, H, block, width * block]
+        if skipped == "pooled":  # exp(score + log(size)) is the weight of `size` keys
+            scores = torch.cat([scores, queries @ mean_keys[:, :, :-1].mT + math.log(size)], dim=-1)
+            values = torch.cat([values, mean_values[:, :, :-1]], dim=2)
+            mean_hidden = ~stands_in[:, :, m, None].expand(-1, -1, size, -1)
+            hidden = torch.cat([hidden.expand(-1, -1, size, -1), mean_hidden], dim=-1)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(hidden, 0.0)
         out[:, :, m] = (weights @ values).to(query.dtype)
     return _shift_rows(out.flatten(2, 3), grid.first_position - grid.first_query_block * size, query.shape[2])
 
 
-def _smallest_set(mass: Tensor, total: Tensor, mandatory: Tensor, tau: float) -> Tensor:
-    """The fewest entries of the last dimension that hold the mandatory ones and carry tau of `total`, as bool."""
+def _smallest_set(mass: Tensor, mandatory: Tensor, tau: float) -> Tensor:
+    """The fewest entries of the last dimension that hold the mandatory ones and carry tau of the mass, as bool."""
     order = mass.masked_fill(mandatory, torch.inf).argsort(dim=-1, descending=True, stable=True)
     carried = mass.gather(-1, order).cumsum(dim=-1)
-    needed = functional.pad(carried[..., :-1], (1, 0)) < tau * total  # while those ranked higher do not carry enough
+    enough = tau * mass.sum(dim=-1, keepdim=True)
+    needed = functional.pad(carried[..., :-1], (1, 0)) < enough  # while those ranked higher do not carry enough
     return torch.zeros_like(mandatory).scatter(-1, order, needed) | mandatory
 
 

@@ -7,7 +7,6 @@ no row of a tile is idle, however many heads share a key head.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rrattention.blocks import BlockGrid
+from rrattention.triton.common import LOG2_E
 from rrattention.triton.launch import DTYPES, Launch, Specialization, launch_for
 from rrattention.triton.pool import pool
-
-LOG2_E = 1 / math.log(2)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # Triton's names
@@ -51,6 +52,9 @@ class Specialization(NamedTuple):
     launch: Launch
 
 
+# Gluon is experimental: these versions of Triton have the one that `hopper.py` is written in.
+GLUON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
+
 # Architecture (its name covers those up to the next), then (kernel, head dims up to, bits of an element).
 TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
     80: {
@@ -67,8 +71,12 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("attend", 128, 16): Launch(128, 32, 8, 3),
         ("attend", 256, 16): Launch(64, 64, 8, 2),
         ("attend", 64, 32): Launch(64, 32, 8, 2),
-        ("attend", 128, 32): Launch(32, 32, 8, 2),
+        ("attend", 128, 32): Launch(16, 32, 8, 2),
         ("attend", 256, 32): Launch(16, 16, 8, 2),
+        ("means", 128, 16): Launch(128, 32, 8, 2),
+        ("means", 256, 16): Launch(64, 32, 8, 2),
+        ("means", 128, 32): Launch(16, 32, 8, 2),
+        ("means", 256, 32): Launch(16, 16, 8, 2),
     },
     86: {
         ("pool", 256, 16): Launch(32, 1, 4, 1),
@@ -86,6 +94,10 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("attend", 64, 32): Launch(64, 32, 8, 2),
         ("attend", 128, 32): Launch(16, 32, 8, 2),
         ("attend", 256, 32): Launch(16, 16, 8, 2),
+        ("means", 128, 16): Launch(128, 32, 8, 2),
+        ("means", 256, 16): Launch(64, 32, 8, 2),
+        ("means", 128, 32): Launch(16, 32, 8, 2),
+        ("means", 256, 32): Launch(16, 16, 8, 2),
     },
     90: {
         ("pool", 256, 16): Launch(32, 1, 4, 1),
@@ -99,10 +111,16 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("select", 256, 32): Launch(1, 1024, 4, 1),
         ("attend", 64, 16): Launch(128, 128, 8, 3),
         ("attend", 128, 16): Launch(128, 64, 8, 4),
-        ("attend", 256, 16): Launch(128, 64, 8, 2),
+        ("attend", 256, 16): Launch(64, 64, 8, 2),
         ("attend", 64, 32): Launch(64, 32, 8, 2),
         ("attend", 128, 32): Launch(16, 32, 8, 2),
         ("attend", 256, 32): Launch(16, 16, 8, 2),
+        ("means", 128, 16): Launch(128, 32, 8, 2),
+        ("means", 256, 16): Launch(64, 32, 8, 2),
+        ("means", 128, 32): Launch(16, 32, 8, 2),
+        ("means", 256, 32): Launch(16, 16, 8, 2),
+        ("hopper", 64, 16): Launch(128, 128, 4, 4),  # in place of "attend"; warps of each of two groups
+        ("hopper", 128, 16): Launch(128, 128, 4, 2),
     },
     100: {
         ("pool", 256, 16): Launch(32, 1, 4, 1),
@@ -120,6 +138,10 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("attend", 64, 32): Launch(64, 32, 8, 2),
         ("attend", 128, 32): Launch(16, 32, 8, 2),
         ("attend", 256, 32): Launch(16, 16, 8, 2),
+        ("means", 128, 16): Launch(128, 32, 8, 2),
+        ("means", 256, 16): Launch(64, 32, 8, 2),
+        ("means", 128, 32): Launch(16, 32, 8, 2),
+        ("means", 256, 32): Launch(16, 16, 8, 2),
     },
     120: {
         ("pool", 256, 16): Launch(32, 1, 4, 1),
@@ -137,6 +159,10 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("attend", 64, 32): Launch(64, 32, 8, 2),
         ("attend", 128, 32): Launch(16, 32, 8, 2),
         ("attend", 256, 32): Launch(16, 16, 8, 2),
+        ("means", 128, 16): Launch(128, 32, 8, 2),
+        ("means", 256, 16): Launch(64, 32, 8, 2),
+        ("means", 128, 32): Launch(16, 32, 8, 2),
+        ("means", 256, 32): Launch(16, 16, 8, 2),
     },
 }
 
@@ -149,6 +175,12 @@ def launch_for(kernel: str, like: Tensor, head_dim: int = 1) -> Launch:
     """
     launches = TABLE[_architecture_of(like.device.index) if like.is_cuda else 80]
     return launches[key_for(launches, kernel, head_dim, like.dtype)]
+
+
+def takes_gluon(like: Tensor) -> bool:
+    """Whether `hopper.py` can be imported and run for tensors of the device of `like`."""
+    hopper = like.is_cuda and _architecture_of(like.device.index) == 90
+    return hopper and triton.__version__.startswith(GLUON_VERSIONS)
 
 
 def key_for(

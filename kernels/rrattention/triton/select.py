@@ -66,6 +66,7 @@ def _select_kernel(
     SINK: tl.constexpr,
     DENSE_LAST_BLOCK: tl.constexpr,
     SHARED: tl.constexpr,
+    COUNT_ALL: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     PADDED: tl.constexpr,
@@ -90,33 +91,35 @@ def _select_kernel(
     visible = tl.where(exists, visible, 0)  # a shorter sequence of the batch has fewer query blocks
     own = tl.minimum(own, key_blocks - 1)
 
-    # 1. The total, the mandatory mass, and how much of the total is needed.
-    total = tl.zeros([TILE_M, TILE_N], tl.float32)
-    for start in range(0, visible, TILE_N):
-        columns = start + tl.arange(0, TILE_N)
-        inside = head_exists[:, None] & (columns < visible)[None, :]
-        total += tl.load(rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    total = tl.sum(total, axis=1)  # [TILE_M]
+    # 1. The total, how much of it counts, how much of that is needed, and how much the mandatory blocks bring.
     weight = tl.full([TILE_M], 1.0, tl.float32)
-    if SHARED:  # every head brings a mass of one
-        weight = tl.div_rn(weight, tl.maximum(total, SMALLEST_NORMAL))
+    choice = tl.zeros([TILE_M, TILE_N], tl.float32)
+    for start in range(0, visible, TILE_N):
+        choice += _load_mass(rows, head_exists, weight, start + tl.arange(0, TILE_N), visible, own, SINK)
+    counted = tl.sum(choice, axis=1)  # [TILE_M]
     mandatory = tl.load(rows + own, mask=head_exists, other=0.0)
     if SINK:
         mandatory += tl.where(own > 0, tl.load(rows, mask=head_exists, other=0.0), 0.0)
-    mandatory = tl.sum(mandatory * weight)
+    total = counted + mandatory
+    if SHARED:  # every head brings a mass of one
+        weight = tl.div_rn(weight, tl.maximum(total, SMALLEST_NORMAL))
+    given = 0.0
+    if COUNT_ALL:
+        counted = total
+        given = tl.sum(mandatory * weight)
     keep_all = tau == 1.0
     if DENSE_LAST_BLOCK:
         keep_all |= is_last
-    needed = tl.where(keep_all, float("inf"), tau * tl.sum(total * weight))
+    needed = tl.where(keep_all, float("inf"), tau * tl.sum(counted * weight))
 
     # 2. The smallest value with too little mass above it: what is above is kept, and some of the blocks that equal it.
     low = 0
     high = INFINITY_BITS
-    carried = mandatory
+    carried = given
     while low < high:
         middle = (low + (high - low) // 2).to(tl.float32, bitcast=True)
         above, largest, smallest = _split(middle, rows, head_exists, weight, visible, own, SINK, TILE_M, TILE_N)
-        above += mandatory
+        above += given
         if above >= needed:
             low = smallest.to(tl.int32, bitcast=True)
         else:
@@ -164,6 +167,7 @@ def _constants(
         "SINK": sink,
         "DENSE_LAST_BLOCK": config.dense_last_block,
         "SHARED": shared,
+        "COUNT_ALL": config.counted == "all",
         "TILE_M": tile_m,
         "TILE_N": max(launch.tile_m * launch.tile_n // tile_m, 1),
         "PADDED": padded,
@@ -175,7 +179,7 @@ def specialization(head_dim: int, dtype: torch.dtype, block_size: int, stride: i
     signature = {"scores": "*fp32:16", "indices": "*i32:16", "counts": "*i32:16", "tau": "fp32"}
     integers = ("heads", "query_length", "key_length", "query_blocks", "key_blocks")
     signature |= dict.fromkeys(integers, "i32")
-    config = RRConfig(block_size, stride, scope="heads")
+    config = RRConfig(block_size, stride)
     constants = _constants(28, launch, config, causal=True, sink=True, block_size=block_size, padded=False)
     return Specialization(_select_kernel, signature, constants | {"kv_start": None}, launch)
 
