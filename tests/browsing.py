@@ -1,5 +1,6 @@
-"""Fixtures of the tests that use the chat in a browser, which name this a plugin."""
+"""Fixtures of the tests that use the chat, in a browser or as programs do; they name this a plugin."""
 
+import threading
 import time
 
 import pytest
@@ -11,7 +12,7 @@ LARGEST = 1_000_000  # bytes of an upload
 WAIT = 20_000  # milliseconds
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chat():
     with served(upload_bytes=LARGEST) as running:
         yield running
@@ -62,6 +63,21 @@ def frames(monkeypatch):
 
     monkeypatch.setitem(video.READERS, "pyav", slow)
     return numbers
+
+
+@pytest.fixture
+def more_words(monkeypatch):
+    """A model that after its first word waits for this event."""
+    generate, said = engine.Watched.generate, threading.Event()
+
+    def held(self, *args, **options):
+        for token in generate(self, *args, **options):
+            yield token
+            said.wait(WAIT / 1000)
+
+    monkeypatch.setattr(engine.Watched, "generate", held)
+    yield said
+    said.set()
 
 
 @pytest.fixture

@@ -20,13 +20,16 @@ UPLOAD = "#upload input[type=file]"
 
 @contextmanager
 def served(**limits: Any) -> Iterator[Served]:
-    """The app with the embedded model, on a free port of this machine."""
+    """The app with the embedded model, on a free port of this machine; another one may be running already."""
     studio = Studio.load("tiny", device="cpu", limits=Limits(**limits))
-    running = serve(studio)
-    try:
-        yield running
-    finally:
-        running.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", "")  # which serve sets for all of the process
+        patch.setattr("rrdemo.app.NOTES_EVERY", 1.0)
+        running = serve(studio)
+        try:
+            yield running
+        finally:
+            running.close()
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The chat as a program uses it, through gradio_client, and what its server refuses."""
 
-import time
 from pathlib import Path
 
 import httpx
@@ -15,11 +14,7 @@ from rrvideo import VideoQA
 from rrvideo.cli import SAMPLE
 from rrvideo.tiny.sample import sample_world
 
-
-@pytest.fixture(scope="module")
-def chat():
-    with served() as running:
-        yield running
+pytest_plugins = ["browsing"]
 
 
 @pytest.fixture(scope="module")
@@ -163,20 +158,14 @@ def test_the_page_counts_nobody_and_keeps_no_history(chat):
 def test_an_upload_can_be_fetched_by_nobody_and_goes_when_its_owner_does(chat):
     client = Client(chat.url, verbose=False)
     client.predict(handle_file(SAMPLE), api_name="/watch")
-    uploads = {path for path in chat.folder.rglob("*.mp4") if path.is_file() and path.samefile(opened_by(client, chat))}
-    assert len(uploads) == 1
-    for address in (f"gradio_api/file={uploads.copy().pop()}", f"file={uploads.copy().pop()}"):
+    own = chat.visitors.session(client.session_hash).file.path
+    (upload,) = (path for path in chat.folder.rglob("*.mp4") if path.samefile(own))
+    for address in (f"gradio_api/file={upload}", f"file={upload}"):
         assert httpx.get(chat.url + address).status_code == 403
 
+    chat.visitors.leave(client.session_hash)  # as when a tab is closed
+    assert not upload.exists()
     client.close()
-    deadline = time.monotonic() + 20
-    while any(path.exists() for path in uploads) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(path.exists() for path in uploads)
-
-
-def opened_by(client, chat):
-    return chat.visitors.session(client.session_hash).file.path
 
 
 def test_uploads_lie_in_a_folder_of_their_own_which_goes_with_the_server():

@@ -34,12 +34,13 @@ def copied(page):
     return page.evaluate("navigator.clipboard.readText()")
 
 
-def test_a_draft_written_meanwhile_stays_and_asking_it_too_early_is_told(page, slow_words):
+def test_a_draft_written_meanwhile_stays_and_asking_it_too_early_is_told(page, more_words):
     begin(page, "What appears first?")
     page.wait_for_selector("#progress :text('Answering.')")
     assert page.input_value("#question textarea") == ""
     begin(page, "my next question")
     page.wait_for_selector("#notice :text('still being answered')")
+    more_words.set()
     at_rest(page)
 
     assert page.input_value("#question textarea") == "my next question"
@@ -125,7 +126,7 @@ def test_each_phase_counts_its_own_work_and_the_answer_is_announced(page, frames
     page.wait_for_selector("#plan :text('60 frames')")
 
 
-def test_who_waits_is_told_at_once_and_only_for_as_long(context, chat, page, slow_words):
+def test_who_waits_is_told_at_once_and_only_for_as_long(context, chat, page, more_words):
     with opened(context, chat) as other:
         open_sample(other)
         other.click("#watch")
@@ -136,6 +137,7 @@ def test_who_waits_is_told_at_once_and_only_for_as_long(context, chat, page, slo
         begin(other, "What appears first?")
         other.wait_for_selector("#progress :text('Waiting for 1 other.')")
         assert page.inner_text("#progress").strip() == "Answering."
+        more_words.set()
         other.wait_for_selector("#progress :text('Answered in')")
         told = [text for text in other.evaluate("window.seen") if "Answered" not in text]
 

@@ -73,7 +73,7 @@ def samples() -> list[Sample]:
     long = draw_world(Random("example ten minutes"), 600, 8, shortest=40)
     return [
         Sample("sample", "A minute in five scenes", _questions(sample_world()), sample_world(), 320, 240, 15),
-        Sample("upright.mp4", "Twenty-four seconds, held upright", _questions(upright), upright, 240, 320, 12),
+        Sample("upright.mp4", "Twenty-four seconds, upright", _questions(upright), upright, 240, 320, 12),
         Sample("ten-minutes.mp4", "Ten minutes in eight scenes", _questions(long), long, 192, 144, 2),
     ]
 
