@@ -65,11 +65,11 @@ def test_prefill_says_how_fast_each_way_is_and_what_it_keeps(run, tmp_path):
     dense = next(row for row in summary["rows"] if row["way"] == "SDPA" and row["length"] == 512)
     sparse = [row for row in summary["rows"] if "tau" in row and row["length"] == 512]
     assert [(row["way"], row["tau"]) for row in sparse] == [
-        (f"RRAttention {scope}", tau) for tau in (0.9, 0.7) for scope in ("row", "heads")
+        (way, tau) for tau in (0.9, 0.7) for way in ("RRAttention", "RRAttention paper")
     ]
     inputs = generated(512)
     for row in sparse:
-        config = RRConfig(tau=row["tau"], scope=row["way"].split()[1])
+        config = (RRConfig.paper if row["way"].endswith("paper") else RRConfig)(tau=row["tau"])
         kept = select(estimate(inputs.q, inputs.k, config=config), 512, 512, config=config)
         assert row["density"] == pytest.approx(kept.density().item(), abs=1e-5)
         assert row["speedup"] == pytest.approx(dense["ms"] / row["ms"], rel=1e-4)
@@ -227,13 +227,13 @@ def test_no_method_keeps_more_mass_in_as_many_blocks_than_the_oracle_and_random_
         method: [(row["density"], row["mass"]) for row in rows if row["method"] == method]
         for method in baselines.METHODS
     }
-    density = curves["RRAttention row"][1][0]
+    density = curves["RRAttention paper"][1][0]
     mass = {method: quality._interpolate(sorted(curve), density) for method, curve in curves.items()}
     kept = {method: value for method, value in mass.items() if value is not None}
 
-    assert len(kept) >= 6 and "oracle heads" not in [min(kept, key=kept.get)]
+    assert len(kept) >= 6 and "oracle" not in [min(kept, key=kept.get)]
     assert min(kept, key=kept.get) == "random"
-    assert max(kept, key=kept.get).startswith("oracle") or mass["oracle row"] is None
+    assert max(kept, key=kept.get).startswith("oracle") or mass["oracle paper"] is None
     for row in rows:
         assert 0 < row["chosen"] <= row["density"] <= 1 and 0 < row["mass"] <= 1 + 1e-6
 
@@ -242,7 +242,7 @@ def test_the_oracle_under_the_row_rule_really_carries_tau():
     inputs, baselines = generated(300), room("baselines")
     grid = grid_of(inputs, SMALL)
     mass = baselines.block_mass(inputs.q, inputs.k, grid, scale=inputs.scale)
-    kept = baselines.METHODS["oracle row"](inputs.q, inputs.k, grid, SMALL, inputs.scale).mask()
+    kept = baselines.METHODS["oracle paper"].choose(inputs.q, inputs.k, grid, SMALL, inputs.scale).mask()
 
     assert ((mass * kept).sum(-1) >= SMALL.tau * mass.sum(-1) - 1e-4).all()
 
@@ -293,22 +293,22 @@ def test_text_loss_is_that_of_the_second_half(text_task):
 def test_quality_of_a_text_ends_in_one_line_of_json_and_a_plot(run, text_task, tmp_path):
     path, text = text_task
     plot = tmp_path / "plot.svg"
-    options = ("--tokens", 500, "--tau", 0.9, 0.6, "--methods", "RRAttention row", "random", "--layers", 1)
+    options = ("--tokens", 500, "--tau", 0.9, 0.6, "--methods", "RRAttention paper", "random", "--layers", 1)
     code, printed, summary = run("quality", "--model", path, "--text", text, *options, "--plot", plot)
 
     assert code == 0 and summary["green"] and "500 tokens" in summary["inputs"]
     assert [(row["method"], row["tau"]) for row in summary["rows"]] == [
-        (method, tau) for method in ("RRAttention row", "random") for tau in (0.9, 0.6)
+        (method, tau) for method in ("RRAttention paper", "random") for tau in (0.9, 0.6)
     ]
     for row in summary["rows"]:
         assert row["increase"] == pytest.approx(row["loss"] / summary["dense loss"] - 1, abs=1e-4)
     lines = ElementTree.parse(plot).getroot().iter("{http://www.w3.org/2000/svg}polyline")
     assert [len(line.get("points").split()) for line in lines] == [2, 2]
-    assert "at the densities of RRAttention row" in printed
+    assert "at the densities of RRAttention paper" in printed
 
 
 def test_quality_on_videos_counts_the_tokens_of_the_answers(run):
-    options = ("--world-seconds", 60, "--tau", 0.7, "--methods", "RRAttention heads", "--layers", 2)
+    options = ("--world-seconds", 60, "--tau", 0.7, "--methods", "RRAttention", "--layers", 2)
     code, _, summary = run("quality", "--model", "tiny", *options)
 
     (row,) = summary["rows"]

@@ -211,7 +211,7 @@ def with_means(k, kept, *, causal, kv_start, block_size):
     `kept` [B, H, query_blocks, key_blocks]; returns [B, H, query_blocks, Lk, D]. As many keys as a block has, all
     equal to the mean, are what a mean with the weight of a block says.
     """
-    batch, heads, rows, _ = kept.shape
+    _, heads, rows, _ = kept.shape
     group, replaced = heads // k.shape[1], k.repeat_interleave(heads // k.shape[1], dim=1)
     replaced = replaced[:, :, None].repeat(1, 1, rows, 1, 1)
     for b, h, row, block in (~kept).nonzero().tolist():

@@ -32,6 +32,7 @@ CANDIDATES = {
     "estimate": ((64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)),
     "select": ((1,), (512, 1024, 2048, 4096), (2, 4, 8), (1,)),
     "attend": ((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)),
+    "means": ((64, 128), (16, 32, 64), (4, 8), (1, 2, 3)),
 }
 DENSITY = 0.3  # of the lists that "attend" is timed with
 
@@ -49,7 +50,11 @@ class Timing:
 def calls(arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     """Return one call of each kernel on random tensors laid out as Hugging Face does."""
     from rrattention import triton as stages
+    from rrattention.triton import launch
+    from rrattention.triton.means import add_means
     from rrattention.triton.pool import pool
+
+    launch.GLUON_VERSIONS = ()  # "attend" means the Triton kernel here
 
     def rows(heads: int) -> Tensor:
         shape = 1, arguments.length, heads, arguments.head_dim
@@ -62,7 +67,16 @@ def calls(arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     scores = stages.estimate(query, key, grid, stride=config.stride, scale=scale)
     kept = (torch.rand_like(scores) < DENSITY) | grid.mandatory()[:, None]
     selection = BlockSelection.from_mask(kept & grid.visible()[:, None], grid)
+    attended = stages.attend(query, key, value, selection, scale=scale)
+    log_sums = torch.full(query.shape[:3], 3.0, device="cuda")  # as if each query had given away some weight
+
+    def means() -> Tensor:
+        out = attended.clone()
+        add_means(query, key, value, out, log_sums, selection, scale=scale)
+        return out
+
     return {
+        "means": means,
         "pool": lambda: pool(key, grid, stride=config.stride),
         "estimate": lambda: stages.estimate(query, key, grid, stride=config.stride, scale=scale),
         "select": lambda: stages.select(scores, grid, config).counts,
@@ -95,7 +109,7 @@ def timings(case: Case, candidates: list[Launch], call: Callable[[], Tensor]) ->
 def main() -> None:
     """Parse the shapes, time each kernel, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", nargs="+", choices=CHOICES["kernel"], default=list(CHOICES["kernel"]))
+    parser.add_argument("--kernel", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--heads", type=int, default=28)
     parser.add_argument("--kv-heads", type=int, default=4)

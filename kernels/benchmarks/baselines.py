@@ -1,6 +1,6 @@
 """Other ways to choose blocks, in short PyTorch written from their papers: what RRAttention is compared with.
 
-    RRAttention     round-robin queries against pooled keys, tau for each row (the paper's rule) or shared by the heads
+    RRAttention     round-robin queries against pooled keys: by our rule, by the paper's, and by what lies between
     XAttention      antidiagonal scoring (arXiv 2503.16428, section 2.1)
     FlexPrefill     the last block of queries speaks for all others (arXiv 2502.20766, algorithms 1 to 4)
     oracle          the true mass of every block: what an estimate could reach at best under the same rule
@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rrattention import BlockGrid, BlockSelection, RRConfig, estimate, select
-from rrattention.config import Scope
+from rrattention.config import Counted, Scope, Skipped
 
 FLEX_TAU = 0.1  # FlexPrefill's bound on the divergence up to which pooled queries and keys are believed
 
@@ -36,9 +37,20 @@ def rrattention(query: Tensor, key: Tensor, grid: BlockGrid, config: RRConfig, s
     return _select(estimate(query, key, config=config, scale=scale), grid, config)
 
 
-def with_scope(scope: Scope, method: Method) -> Method:
-    """The same method where `scope` says who shares one tau."""
-    return lambda query, key, grid, config, scale: method(query, key, grid, replace(config, scope=scope), scale)
+class Way(NamedTuple):
+    """How blocks are chosen, and what becomes of the others."""
+
+    choose: Method
+    skipped: Skipped = "dropped"
+
+
+def by(scope: Scope, counted: Counted, method: Method) -> Method:
+    """The same method where `scope` says who shares one tau, and `counted` of which mass it is a share."""
+
+    def keep(query: Tensor, key: Tensor, grid: BlockGrid, config: RRConfig, scale: float) -> BlockSelection:
+        return method(query, key, grid, replace(config, scope=scope, counted=counted), scale)
+
+    return keep
 
 
 def xattention(stride: int) -> Method:
@@ -127,15 +139,17 @@ def flexprefill(query: Tensor, key: Tensor, grid: BlockGrid, config: RRConfig, s
     return BlockSelection.from_mask(kept & grid.visible()[:, None], grid)
 
 
-METHODS: dict[str, Method] = {
-    "RRAttention row": with_scope("row", rrattention),
-    "RRAttention heads": with_scope("heads", rrattention),
-    "XAttention 8": with_scope("row", xattention(8)),
-    "XAttention 16": with_scope("row", xattention(16)),
-    "FlexPrefill": flexprefill,
-    "oracle row": with_scope("row", oracle),
-    "oracle heads": with_scope("heads", oracle),
-    "random": with_scope("row", random_blocks),
+METHODS = {
+    "RRAttention": Way(by("heads", "choice", rrattention), "pooled"),
+    "RRAttention dropped": Way(by("heads", "choice", rrattention)),
+    "RRAttention all": Way(by("heads", "all", rrattention)),
+    "RRAttention paper": Way(by("row", "all", rrattention)),
+    "XAttention 8": Way(by("row", "all", xattention(8))),
+    "XAttention 16": Way(by("row", "all", xattention(16))),
+    "FlexPrefill": Way(flexprefill),
+    "oracle": Way(by("heads", "choice", oracle), "pooled"),
+    "oracle paper": Way(by("row", "all", oracle)),
+    "random": Way(by("row", "all", random_blocks)),
 }
 
 

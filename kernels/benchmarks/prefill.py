@@ -1,7 +1,7 @@
 """Time one attention call of a prefill: dense, block-sparse by others, and RRAttention, stage by stage.
 
     python kernels/benchmarks/prefill.py                             a generator's inputs, on the GPU if there is one
-    python kernels/benchmarks/prefill.py --lengths 8192 131072 --tau .95 .9 --scope row heads --ceilings
+    python kernels/benchmarks/prefill.py --lengths 8192 131072 --tau .95 .9 --rule default paper --ceilings
     python kernels/benchmarks/prefill.py --model PATH --text FILE    what reaches one layer of a model
 
 Correctness comes first: at a small length every stage is compared with the reference in float64, and at each length
@@ -12,9 +12,11 @@ Times are medians over runs by turns; the last line is one JSON document.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ DEFAULTS = {
     "cuda": (28, 4, 128, "bfloat16", [2**i for i in range(12, 19)]),
     "cpu": (8, 2, 64, "float32", [4096, 8192, 16384]),
 }
+RULES = {"default": RRConfig, "paper": RRConfig.paper}
 COLUMNS = {
     **{"length": "d", "way": "s", "tau": "g", "ms": ".3f", "low": ".3f", "high": ".3f", "speedup": ".2f"},
     **{"density": ".3f", "chosen": ".3f", "estimate": ".3f", "select": ".3f", "attend": ".3f", "flex": ".3f"},
@@ -87,7 +90,7 @@ def main() -> int:
 
 def check_small(arguments: argparse.Namespace, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Compare every stage with the reference in float64 at `GATE_LENGTH` tokens."""
-    backend, config = arguments.backend, RRConfig(tau=arguments.tau[0], scope=arguments.scope[0], min_tokens=0)
+    backend, config = arguments.backend, ruled(arguments.rule[0], arguments.tau[0])
     shape = (arguments.heads, arguments.kv_heads, arguments.head_dim, GATE_LENGTH)
     inputs = generate(*shape, dtype=dtype, device=arguments.device)
     q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
@@ -97,13 +100,13 @@ def check_small(arguments: argparse.Namespace, dtype: torch.dtype) -> Iterator[d
     expected = estimate(exact_q, exact_k, config=config, scale=scale, backend="reference")
     yield check("estimate", relative_error(scores, expected), SCORE_ERROR[dtype])
 
-    for scope in arguments.scope:
+    for rule in arguments.rule:
         for tau in (*arguments.tau, 1.0):
-            rule = RRConfig(tau=tau, scope=scope)
             kept, wanted = (
-                select(scores, GATE_LENGTH, GATE_LENGTH, config=rule, backend=b).mask() for b in (backend, "reference")
+                select(scores, GATE_LENGTH, GATE_LENGTH, config=ruled(rule, tau), backend=b).mask()
+                for b in (backend, "reference")
             )
-            yield check(f"select {scope} tau {tau:g}", float((kept != wanted).sum() / wanted.sum()), 1e-3)
+            yield check(f"select {rule} tau {tau:g}", float((kept != wanted).sum() / wanted.sum()), 1e-3)
 
     # What dense attention loses in this precision is the measure of what ours may lose.
     dense = dense_attention(exact_q, exact_k, exact_v, scale=scale)
@@ -111,9 +114,10 @@ def check_small(arguments: argparse.Namespace, dtype: torch.dtype) -> Iterator[d
     whole = rr_attention(q, k, v, config=RRConfig(tau=1.0, min_tokens=0), scale=scale, backend=backend)
     yield check("tau 1 against dense", relative_error(whole, dense), limit)
     selection = select(scores, GATE_LENGTH, GATE_LENGTH, config=config, backend=backend)
-    out = attend(q, k, v, selection, scale=scale, backend=backend)
-    expected = attend(exact_q, exact_k, exact_v, selection, scale=scale, backend="reference")
-    yield check("attend", relative_error(out, expected), limit)
+    for skipped in ("pooled", "dropped"):
+        out = attend(q, k, v, selection, scale=scale, skipped=skipped, backend=backend)
+        expected = attend(exact_q, exact_k, exact_v, selection, scale=scale, skipped=skipped, backend="reference")
+        yield check(f"attend, {skipped}", relative_error(out, expected), limit)
 
 
 def time_length(
@@ -132,15 +136,15 @@ def time_length(
     any_config = RRConfig(min_tokens=0)
     scores = estimate(q, k, config=any_config, scale=scale, backend=backend)
     works["estimate"] = lambda: estimate(q, k, config=any_config, scale=scale, backend=backend)
-    configs = [RRConfig(tau=tau, scope=scope, min_tokens=0) for tau in arguments.tau for scope in arguments.scope]
+    configs = {(rule, tau): ruled(rule, tau) for tau in arguments.tau for rule in arguments.rule}
     rows: list[dict[str, Any]] = []
     checks = []
-    for config in configs:
+    for (rule, tau), config in configs.items():
         selection = select(scores, length, length, config=config, backend=backend)
-        out = attend(q, k, v, selection, scale=scale, backend=backend)
-        name = f"rows at {length}, {config.scope} tau {config.tau:g}"
-        checks.append(check(name, spot_error(inputs, selection, out), 2 * limit))  # a few rows scatter more than all
-        rows.append(_described(config, selection) | {"error": relative_error(out, baseline)})
+        out = attend(q, k, v, selection, scale=scale, skipped=config.skipped, backend=backend)
+        wrong = spot_error(inputs, selection, out, pooled=config.skipped == "pooled")
+        checks.append(check(f"rows at {length}, {rule} tau {tau:g}", wrong, 2 * limit))  # a few scatter more than all
+        rows.append(_described(rule, tau, selection) | {"error": relative_error(out, baseline)})
         works |= {(config, name): work for name, work in _stages(inputs, config, scores, selection, backend).items()}
         if "flex" in arguments.against and (flex := _flex(inputs, selection)):
             works[config, "flex"] = flex
@@ -155,7 +159,7 @@ def time_length(
         taken = times["dense", row["way"]]
         row |= {"length": length, **_columns(taken), "speedup": fastest / taken.median}
         row |= {"TFLOP/s": flops * pairs / taken.median}
-    for config, row in zip(configs, rows, strict=True):
+    for config, row in zip(configs.values(), rows, strict=True):
         taken = times[config, "total"]
         row |= {"length": length, **_columns(taken), "speedup": fastest / taken.median}
         row |= {"estimate": times["estimate"].median}
@@ -166,8 +170,16 @@ def time_length(
     return dense_rows + rows, checks
 
 
-def spot_error(inputs: Inputs, selection: BlockSelection, out: Tensor) -> float:
-    """Relative L2 error of some rows of `out`, from early to late, against attention over their blocks in float64."""
+def ruled(rule: str, tau: float) -> RRConfig:
+    """The configuration of one of `RULES`, sparse at any length."""
+    return replace(RULES[rule](tau=tau), min_tokens=0)
+
+
+def spot_error(inputs: Inputs, selection: BlockSelection, out: Tensor, *, pooled: bool) -> float:
+    """Relative L2 error of some rows of `out`, from early to late, against attention over their blocks in float64.
+
+    With `pooled`, the mean key and value of each block before the row's own that is not among them take part.
+    """
     length, heads, size = inputs.q.shape[2], inputs.q.shape[1], selection.grid.block_size
     group, difference, norm = heads // inputs.k.shape[1], 0.0, 0.0
     for i in range(SPOT_ROWS):
@@ -176,8 +188,15 @@ def spot_error(inputs: Inputs, selection: BlockSelection, out: Tensor) -> float:
         blocks = selection.indices[0, h, r // size, :count].long()
         columns = (blocks[:, None] * size + torch.arange(size, device=out.device)).flatten()
         columns = columns[columns <= r]
-        keys, values = inputs.k[0, h // group, columns].double(), inputs.v[0, h // group, columns].double()
-        expected = torch.softmax(inputs.scale * keys @ inputs.q[0, h, r].double(), dim=0) @ values
+        key, value = inputs.k[0, h // group].double(), inputs.v[0, h // group].double()
+        keys, values, weight = key[columns], value[columns], torch.zeros(len(columns), device=out.device)
+        if pooled:
+            skipped = torch.ones(r // size, dtype=torch.bool, device=out.device)
+            skipped[blocks[blocks < r // size]] = False
+            means = (x[: r // size * size].unflatten(0, (-1, size)).mean(dim=1)[skipped] for x in (key, value))
+            keys, values = (torch.cat(parts) for parts in zip((keys, values), means, strict=True))
+            weight = torch.cat([weight, torch.full((int(skipped.sum()),), math.log(size), device=out.device)])
+        expected = torch.softmax(inputs.scale * keys @ inputs.q[0, h, r].double() + weight, dim=0) @ values
         difference += float((out[0, h, r].double() - expected).square().sum())
         norm += float(expected.square().sum())
     return (difference / norm) ** 0.5
@@ -309,14 +328,14 @@ def _stages(
     return {
         "total": lambda: rr_attention(q, k, v, config=config, scale=scale, backend=backend),
         "select": lambda: select(scores, length, length, config=config, backend=backend),
-        "attend": lambda: attend(q, k, v, selection, scale=scale, backend=backend),
+        "attend": lambda: attend(q, k, v, selection, scale=scale, skipped=config.skipped, backend=backend),
     }
 
 
-def _described(config: RRConfig, selection: BlockSelection) -> dict[str, Any]:
+def _described(rule: str, tau: float, selection: BlockSelection) -> dict[str, Any]:
     return {
-        "way": f"RRAttention {config.scope}",
-        "tau": config.tau,
+        "way": "RRAttention" if rule == "default" else f"RRAttention {rule}",
+        "tau": tau,
         "density": float(selection.density()),
         "chosen": float(selection.density(mandatory=False)),
         "pairs": kept_pairs(selection),
@@ -354,7 +373,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, help="default: 128 on a GPU, 64 on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the generator")
     parser.add_argument("--tau", type=float, nargs="+", default=[0.95, 0.9])
-    parser.add_argument("--scope", nargs="+", choices=("row", "heads"), default=["row", "heads"])
+    parser.add_argument("--rule", nargs="+", choices=RULES, default=list(RULES), help="RRConfig() or RRConfig.paper()")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="whose stages are timed")
     parser.add_argument(
         "--against",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import METHODS, Method, block_mass
+from baselines import METHODS, Way, block_mass
 from chart import line_chart
 from harness import check, default_device, finish, machine, print_gate, relative_error, table
 from inputs import Inputs, generate
@@ -74,7 +74,7 @@ def main() -> int:
     print(LEGEND)
     summary["at equal density"] = equal = at_equal_density(rows)
     if equal:
-        print("at the densities of RRAttention row, by linear interpolation:")
+        print("at the densities of RRAttention paper, by linear interpolation:")
         print(table(equal, {"density": ".3f", "method": "s", "error": ".4f", "increase": ".2%"}))
     if arguments.plot:
         series = {m: [(row["density"], row["error"]) for row in rows if row["method"] == m] for m in arguments.methods}
@@ -102,11 +102,11 @@ def check_all(inputs: Inputs, task: Task | None) -> Iterator[dict[str, Any]]:
     # What dense attention loses in the inputs' own precision is the measure of what the backend may lose.
     own = inputs.q, inputs.k, inputs.v
     limit = 2 * relative_error(dense_attention(*own, scale=scale), dense) + 1e-6
-    for name, method in METHODS.items():
-        out = attend(*own, method(inputs.q, inputs.k, grid, config, scale), scale=scale)
+    for name, way in METHODS.items():
+        out = attend(*own, way.choose(inputs.q, inputs.k, grid, config, scale), scale=scale, skipped=way.skipped)
         yield check(f"{name} with tau 1 against dense", relative_error(out, dense), limit)
     if task is not None:
-        replaced, stats = loss_with(task, METHODS["RRAttention row"], config)
+        replaced, stats = loss_with(task, METHODS["RRAttention"], config)
         close = 1e-2 if inputs.q.dtype == torch.bfloat16 else 1e-3
         yield check("loss with tau 1 against the model's own attention", abs(replaced / task.loss() - 1), close)
         yield check("prefills that were not replaced", float(stats.visible == 0), 0.5)
@@ -122,34 +122,34 @@ def measure(layers: Sequence[Inputs], methods: Sequence[str], taus: Sequence[flo
         mass = block_mass(q, k, grid, scale=inputs.scale)
         for name in methods:
             for tau in taus:
-                selection = METHODS[name](q, k, grid, _config(tau), inputs.scale)
-                out = attend(q, k, v, selection, scale=inputs.scale)
+                selection = METHODS[name].choose(q, k, grid, _config(tau), inputs.scale)
+                out = attend(q, k, v, selection, scale=inputs.scale, skipped=METHODS[name].skipped)
                 kept = float((mass * selection.mask()).sum() / mass.sum())
                 found.setdefault((name, tau), []).append((selection.stats(), relative_error(out, dense), kept))
     return [_row(name, tau, of_layers) for (name, tau), of_layers in found.items()]
 
 
-def loss_with(task: Task, method: Method | None, config: RRConfig) -> tuple[float, BlockStats]:
-    """Return the task's loss when prefills attend to the blocks of `method` (None: densely), and their block counts."""
+def loss_with(task: Task, way: Way | None, config: RRConfig) -> tuple[float, BlockStats]:
+    """Return the task's loss when prefills attend to the blocks of `way` (None: densely), and their block counts."""
     zero = torch.zeros((), dtype=torch.long)
     total = BlockStats(zero, zero, zero)
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         nonlocal total
-        if method is None or q.shape[2] < k.shape[2]:  # a question after its video is short, and exact
+        if way is None or q.shape[2] < k.shape[2]:  # a question after its video is short, and exact
             return dense_attention(q, k, v, scale=scale)
         grid = BlockGrid.of(q, q.shape[2], k.shape[2], config)
-        selection = method(q, k, grid, config, scale)
+        selection = way.choose(q, k, grid, config, scale)
         stats = selection.stats()
         total += BlockStats(stats.kept.cpu(), stats.visible.cpu(), stats.mandatory.cpu())
-        return attend(q, k, v, selection, scale=scale)
+        return attend(q, k, v, selection, scale=scale, skipped=way.skipped)
 
     with attending(task.model, attention):
         loss = task.loss()
     return loss, total
 
 
-def at_equal_density(rows: Sequence[dict[str, Any]], reference: str = "RRAttention row") -> list[dict[str, Any]]:
+def at_equal_density(rows: Sequence[dict[str, Any]], reference: str = "RRAttention paper") -> list[dict[str, Any]]:
     """What each method loses at each density of `reference`, read off the lines between its points."""
     found = []
     for density in sorted({row["density"] for row in rows if row["method"] == reference}, reverse=True):

@@ -68,7 +68,7 @@ class RRConfig:
 
     @classmethod
     def paper(cls, tau: float = 0.95) -> RRConfig:
-        """Return the paper's rule: every query block of every head keeps its own `tau` of all mass, and nothing else."""
+        """Return the paper's rule: every query block of every head keeps its own `tau` of all mass, and no more."""
         return cls(tau=tau, scope="row", counted="all", skipped="dropped")
 
     def sparse(self, tokens: int, device: torch.device) -> bool:

@@ -59,7 +59,7 @@ def load_tile(rows, offsets, inside, CHECKED: tl.constexpr):
 def online_softmax(query, key, value, state, scale, visible, MASKED: tl.constexpr, PRECISION: tl.constexpr = "tf32x3"):
     """Take one tile of keys and values, both [TILE_N, D], into the running sums of a tile of queries [TILE_M, D].
 
-    PRECISION is that of float32 products, and means nothing to other types: three in TF32 are as exact as one in float32.
+    PRECISION is that of float32 products (three in TF32 are as exact as one in float32); other types do not care.
     """
     weighted_sum, running_sum, running_max = state  # [TILE_M, D], [TILE_M], [TILE_M]
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [TILE_M, TILE_N]

@@ -1,7 +1,7 @@
 """What stands for blocks that are left out: a mean key and a mean value each, with the weight of as many keys.
 
-`attend` goes first and says, beside its result, how much weight each query gave away; this goes on from there. Means are
-one row for a block of keys, so that all of them together cost hardly more than one or two blocks.
+`attend` goes first and says, beside its result, how much weight each query gave away; this goes on from there. Means
+are one row for a block of keys: all of them together cost hardly more than a few blocks.
 """
 
 from __future__ import annotations
