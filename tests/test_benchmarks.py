@@ -255,8 +255,8 @@ def text_task(tmp_path_factory):
     return path, text
 
 
-def load(path, text, tokens=600):
-    arguments = Namespace(model=str(path), text=text, device=torch.device("cpu"))
+def load(path, text, tokens=600, excerpts=1):
+    arguments = Namespace(model=str(path), text=text, excerpts=excerpts, device=torch.device("cpu"))
     return room("models").load_task(arguments, torch.float32, tokens)
 
 
@@ -288,6 +288,20 @@ def test_text_loss_is_that_of_the_second_half(text_task):
     expected = -sum(float(logs[i, ids[0, i + 1]]) for i in range(50, 100)) / 50
 
     assert task.loss() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_of_excerpts_is_the_mean_of_theirs_from_the_first_to_the_last(text_task):
+    task = load(*text_task, tokens=101, excerpts=3)
+    ids = AutoTokenizer.from_pretrained(text_task[0])(text_task[1].read_text(), return_tensors="pt").input_ids[0]
+    starts = [0, (len(ids) - 101) // 2, len(ids) - 101]
+    with torch.no_grad():
+        logs = [task.model(input_ids=ids[None, start : start + 101]).logits[0].log_softmax(-1) for start in starts]
+    losses = [
+        float(log[i, ids[start + i + 1]]) for log, start in zip(logs, starts, strict=True) for i in range(50, 100)
+    ]
+
+    assert task.loss() == pytest.approx(-sum(losses) / 150, rel=1e-4)
+    assert "3 excerpts of 101 tokens" in task.name
 
 
 def test_quality_of_a_text_ends_in_one_line_of_json_and_a_plot(run, text_task, tmp_path):

@@ -87,6 +87,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     """Add the options that `load_task` reads."""
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint, or 'tiny', the embedded model")
     parser.add_argument("--text", type=Path, metavar="FILE", help="what the model reads")
+    parser.add_argument("--excerpts", type=int, default=1, help="that are taken from the text, far from each other")
     parser.add_argument("--video", type=Path, metavar="FILE", help="what a Qwen2-VL model watches")
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second of --video (default: 1)")
     parser.add_argument(
@@ -127,16 +128,22 @@ def _text_task(path: str | Path, arguments: Namespace, dtype: torch.dtype, token
     model = getattr(transformers, config.architectures[0]).from_pretrained(path, dtype=dtype)
     model = model.to(arguments.device).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    ids = tokenizer(arguments.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
-    ids = ids[:, :tokens].to(arguments.device)
-    half = ids.shape[1] // 2
+    ids = tokenizer(arguments.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    tokens, count = min(tokens or len(ids), len(ids)), arguments.excerpts
+    starts = [(len(ids) - tokens) * number // max(1, count - 1) for number in range(count)]
+    excerpts = [ids[None, start : start + tokens].to(arguments.device) for start in starts]
+    half = tokens // 2
 
     @torch.no_grad()
     def loss() -> float:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - half).logits[0, :-1]
-        return float(cross_entropy(logits.float(), ids[0, half + 1 :]))
+        losses = []
+        for excerpt in excerpts:
+            logits = model(input_ids=excerpt, use_cache=False, logits_to_keep=tokens - half).logits[0, :-1]
+            losses.append(float(cross_entropy(logits.float(), excerpt[0, half + 1 :])))
+        return sum(losses) / count
 
-    return Task(f"{Path(arguments.model).name} on {arguments.text.name}, {ids.shape[1]} tokens", model, loss)
+    shown = f"{tokens} tokens" if count == 1 else f"{count} excerpts of {tokens} tokens"
+    return Task(f"{Path(arguments.model).name} on {arguments.text.name}, {shown}", model, loss)
 
 
 def _video_task(path: str | Path, arguments: Namespace, dtype: torch.dtype) -> Task:
