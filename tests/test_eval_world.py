@@ -9,12 +9,14 @@ import av
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
 from rreval import world
 from rreval.data import check_set, load_set
 from rreval.world import Length, default_folder, make_set
 from rrvideo.cli import main
 from rrvideo.errors import RRVideoError
+from rrvideo.tiny import world as drawing
 from rrvideo.tiny.world import BACKGROUNDS, COLOURS
 
 SMALL = {"short": Length((8, 12), (2, 4), fps=4), "long": Length((20, 24), (4, 5), fps=2)}
@@ -217,3 +219,14 @@ def test_the_word_world_stands_for_the_set_wherever_a_set_is_named(tmp_path, mon
     default_folder().symlink_to(folder)
     assert main(["eval", "check", "world"]) == 0
     assert capsys.readouterr().out.startswith("10 videos, 30 questions, 4 with subtitles; problems: 0")
+
+
+def test_videos_are_drawn_by_one_thread_and_the_others_are_given_back(tmp_path, monkeypatch):
+    threads, seen, render = torch.get_num_threads(), set(), drawing.render
+    monkeypatch.setattr(drawing, "render", lambda *given: seen.add(torch.get_num_threads()) or render(*given))
+    torch.set_num_threads(2)
+    try:
+        make_set(tmp_path / "set", videos=1, lengths={"short": Length((4, 4), (1, 2), fps=2)})
+        assert (seen, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(threads)

@@ -51,13 +51,13 @@ def summary(comparison: Comparison) -> str:
         f"On {change.questions:,} questions {comparison.other} has {_plain(comparison.other_accuracy)} % right and "
         f"{comparison.baseline} {_plain(comparison.baseline_accuracy)} %: a difference of "
         f"{difference(change.difference)} points.",
-        f"{change.gained:,} questions are gained and {change.lost:,} lost (McNemar's exact test: p "
-        f"{_p(comparison.p)}); {comparison.agreeing:,} have the same letter in both.",
+        f"Questions gained: {change.gained:,}; lost: {change.lost:,} (McNemar's exact test: p {_p(comparison.p)}); "
+        f"with the same letter in both: {comparison.agreeing:,}.",
     ]
     if comparison.kept.value is not None:
         sentences.insert(1, f"It keeps {percent(comparison.kept)} % of the score.")
     if comparison.left_out:
-        sentences.append(f"{comparison.left_out:,} questions are left out, which one run alone holds.")
+        sentences.append(f"Left out, as one run alone holds them: {comparison.left_out:,}.")
     if comparison.settings:
         sentences.append(f"The runs differ in: {', '.join(comparison.settings)}.")
     return " ".join(sentences)
