@@ -170,21 +170,31 @@ def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench_first_answer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Watch a video of which each stage of the embedded model has its share; see `first_answer`."""
+    loop = max(1, round(LOOP * arguments.scale))
+    path = _repeated(arguments.cache, loop, 6, width=384, height=288)
+    sampling: dict[str, Any] = {"fps": 4.5, "max_frames": 27 * loop, "timestamps": False}
+    return first_answer(_model(path), path, sampling, arguments.repeats)
+
+
+def first_answer(qa: VideoQA, path: Path, sampling: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Run each stage alone over all frames, all at once without waiting for one another, and a watch with an answer."""
     from rrvideo import budget
 
-    loop = max(1, round(LOOP * arguments.scale))
-    path = _repeated(arguments.cache, loop, 6, width=384, height=288)
-    qa = _model(path)
-    sampling: dict[str, Any] = {"fps": 4.5, "max_frames": 27 * loop, "timestamps": False}
     plan = budget.plan(qa.checkpoint, path, **sampling)
     alone = _Alone(qa.checkpoint, plan)
     stages: dict[str, Callable[[], object]] = {name: getattr(alone, name) for name in ("decode", "encode", "prefill")}
-    works = stages | {"at once": alone.at_once, "answer": lambda: qa.watch(path, **sampling).ask(QUESTION)}
+
+    def answer() -> None:
+        with qa.watch(path, **sampling) as video:
+            video.ask(QUESTION, max_new_tokens=8)
+
+    works = stages | {"at once": alone.at_once, "answer": answer}
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(arguments.repeats):
+    for _ in range(1 + repeats):
         for name, run in works.items():
             taken[name].append(_timed(run)[1])
+    taken = {name: measured[1:] for name, measured in taken.items()}  # the first turn may compile kernels
     times = {name: Spread.of(measured) for name, measured in taken.items()}
     longest = [max(turn) for turn in zip(*(taken[name] for name in stages), strict=True)]
     ratios = {name: _ratio(taken[name], longest) for name in ("at once", "answer")}
@@ -271,7 +281,7 @@ class _Alone:
         from rrvideo import engine
 
         chunks = engine._encoded(self.checkpoint, iter(self.frames), self.plan, engine._Stopwatch())
-        self.features = [features for _, features in chunks]
+        self.features = [features for _, features in chunks]  # the stopwatch waits for the device
 
     def prefill(self) -> None:
         from rrvideo import engine

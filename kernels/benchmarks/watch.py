@@ -1,6 +1,7 @@
 """Prefill generated frames with a whole Qwen2-VL of random weights, chunk by chunk, sparse and dense.
 
     python kernels/benchmarks/watch.py --shape 7b --tokens 131072 --tau .95 .3
+    python kernels/benchmarks/watch.py --shape 2b --video FILE --frames 900    how well a real file's stages overlap
 
 Everything runs that runs when a video is watched, but for the decoder. Random weights attend to everything alike: tau
 is then about the density that they get, and nothing is said of a trained model's. Times are medians over runs by turns,
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,20 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072], help="visual tokens, about")
     parser.add_argument("--tau", type=float, nargs="+", default=[0.95, 0.3])
     parser.add_argument("--chunk", type=int, help="tokens that are prefilled at a time (default: the engine's choice)")
+    parser.add_argument(
+        "--video", type=Path, metavar="FILE", help="watched in place of generated frames, decoder and all"
+    )
+    parser.add_argument("--frames", type=int, default=768, help="of --video, evenly spread (default: 768)")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--device", type=torch.device, default=default_device())
     arguments = parser.parse_args()
     checkpoint = build_checkpoint(arguments.shape, arguments.device)
     print(machine(arguments.device))
+    if arguments.video:
+        found = overlap(checkpoint, arguments)
+        finish({"benchmark": "watch", "machine": machine(arguments.device), "shape": arguments.shape} | found, None)
+        return 0
     rows: list[dict[str, Any]] = []
     for tokens in arguments.tokens:
         found = time_watching(checkpoint, tokens, arguments)
@@ -59,6 +69,20 @@ def main() -> int:
         arguments.json,
     )
     return 0
+
+
+def overlap(checkpoint: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The time to a first answer about a file against the longest of its stages alone, with full attention."""
+    from rrattention.transformers import enable
+    from rrvideo import VideoQA
+    from rrvideo.bench_engine import first_answer
+
+    enable(checkpoint.model, attention="full")
+    sampling = {"fps": 1000.0, "max_frames": arguments.frames, "timestamps": False}
+    found = first_answer(VideoQA(checkpoint), arguments.video, sampling, arguments.repeats)
+    return found | {
+        part: {name: asdict(spread) for name, spread in found[part].items()} for part in ("seconds", "over_longest")
+    }
 
 
 def time_watching(checkpoint: Any, tokens: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
