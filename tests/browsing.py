@@ -27,7 +27,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def context(chromium):
     """One profile for all pages, which spares them loading the same scripts; each page is a person of its own."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     context.set_default_timeout(WAIT)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     yield context
