@@ -10,7 +10,6 @@ Programs, their order and what they compute are those of `attend`: the last bloc
 
 from __future__ import annotations
 
-import math
 from functools import cache
 
 import torch
@@ -28,10 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rrattention.blocks import BlockGrid, BlockSelection
+from rrattention.triton.common import LOG2_E
 from rrattention.triton.launch import DTYPES, Launch, Specialization, launch_for
 
 ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-LOG2_E = 1 / math.log(2)
 
 # Newer versions of Gluon have other names for the copies.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -225,6 +224,7 @@ def covers(query: Tensor, key: Tensor, value: Tensor, grid: BlockGrid) -> bool:
     return (
         query.dtype in ELEMENTS
         and 32 < query.shape[3] <= 128
+        and query.shape[3] % 8 == 0
         and grid.block_size == 128
         and grid.causal
         and grid.kv_start is None
