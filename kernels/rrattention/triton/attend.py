@@ -98,7 +98,7 @@ def _attend_kernel(
             visible = (positions < length)[None, :]
         key_tile = load_tile(key + start.to(tl.int64) * key_stride, offsets, inside, CHECKED=True)
         value_tile = load_tile(value + start.to(tl.int64) * key_stride, offsets, inside, CHECKED=True)
-        state = online_softmax(query_tile, key_tile, value_tile, state, scale, visible, MASKED=True)
+        state = online_softmax(query_tile, key_tile, value_tile, state, scale, visible, MASKED=True, PRECISION="tf32x3")
 
     parts: tl.constexpr = BLOCK // TILE_N
     block = tl.load(listed)
@@ -107,7 +107,9 @@ def _attend_kernel(
         block = tl.load(listed + (step + 1) // parts)  # early: the next addresses wait for it
         key_tile = load_tile(key + start * key_stride, offsets, real_dims, CHECKED=TILE_D != HEAD_DIM)
         value_tile = load_tile(value + start * key_stride, offsets, real_dims, CHECKED=TILE_D != HEAD_DIM)
-        state = online_softmax(query_tile, key_tile, value_tile, state, scale, real_dims, MASKED=False)
+        state = online_softmax(
+            query_tile, key_tile, value_tile, state, scale, real_dims, MASKED=False, PRECISION="tf32x3"
+        )
 
     weighted_sum, running_sum, running_max = state
     running_sum = tl.where(running_sum == 0, 1.0, running_sum)  # of rows that see nothing

@@ -56,7 +56,7 @@ def load_tile(rows, offsets, inside, CHECKED: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(query, key, value, state, scale, visible, MASKED: tl.constexpr, PRECISION: tl.constexpr = tl.constexpr("tf32x3")):
+def online_softmax(query, key, value, state, scale, visible, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Take one tile of keys and values, both [TILE_N, D], into the running sums of a tile of queries [TILE_M, D].
 
     PRECISION is that of float32 products (three in TF32 are as exact as one in float32); other types do not care.
