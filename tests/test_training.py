@@ -128,7 +128,7 @@ def test_the_loss_falls_on_a_batch_that_is_seen_again(tokenizer):
     model = train.build_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     trainer = train.Trainer(model, tokenizer, optimizer)
-    batch = draw_batch(tokenizer, GEOMETRIES[2])
+    batch = draw_batch(tokenizer, GEOMETRIES[2], tokens=150)
     losses = []
     for _ in range(12):
         trainer.step(GEOMETRIES[2], batch)
