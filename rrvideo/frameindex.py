@@ -7,8 +7,9 @@ import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -97,10 +98,9 @@ class FrameIndex:
     stamps: np.ndarray  # int64 [packets], presentation times in `time_base`
     decode_stamps: np.ndarray  # int64 [packets], decoding times
     keys: np.ndarray  # bool [packets]
-    order: np.ndarray  # int64 [frames], the packet that holds the frame
-    starts: np.ndarray  # int64 [frames], the packet where decoding must start to get it
-    stops: np.ndarray  # int64 [frames], the packet after which it can be had
-    times: np.ndarray  # float64 [frames], seconds since the first frame
+    order: np.ndarray  # int32 [frames], the packet that holds the frame
+    starts: np.ndarray  # int32 [frames], the packet where decoding must start to get it
+    stops: np.ndarray  # int32 [frames], the packet after which it can be had
     by_arrival: bool
     warnings: tuple[str, ...]
 
@@ -110,6 +110,11 @@ class FrameIndex:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def times(self) -> np.ndarray:
+        """When frames are shown: seconds since the first one, float64 [frames]."""
+        return _seconds(self.stamps[self.order], self.time_base)
 
     @property
     def keyframes(self) -> np.ndarray:
@@ -127,21 +132,19 @@ def scan(path: str | os.PathLike[str]) -> FrameIndex:
     upright = Upright.of(first)
     width, height = upright.size(first.width, first.height)
     with open_video(path) as (container, stream):
-        table, reached, warnings = _read_packets(container, stream)
-        # Copies, for a view of one column would keep all of them in memory.
-        columns = np.array(table, dtype=np.int64).reshape(-1, 5).T
-        stamps, decode_stamps, keys, shown, lengths = (column.copy() for column in columns)
-        order, starts = _display_order(stamps, keys == 1, shown == 1)
+        packets, reached, warnings = _read_packets(container, stream)
+        # Views: an hour has a hundred thousand packets, and freed memory does not always go back to the system.
+        stamps, decode_stamps, lengths = map(np.asarray, (packets.stamps, packets.decode_stamps, packets.lengths))
+        keys, shown = np.asarray(packets.keys).view(bool), np.asarray(packets.shown).view(bool)
+        order, starts = _display_order(stamps, keys, shown)
         if not len(order):
             raise VideoError(f"no frame of {Path(path).name} is whole", "copy or download it again")
         by_arrival = bool(stream.codec_context.has_b_frames) and bool((np.diff(stamps) > 0).all())
-        ticks = stamps[order] - stamps[order[0]]
-        times = ticks * stream.time_base.numerator / stream.time_base.denominator
-        fps, duration = _pace(ticks, int(lengths[order[-1]]), stream)
+        fps, duration = _pace(stamps[order], int(lengths[order[-1]]), stream)
         cut_off = int(np.count_nonzero(shown)) - len(order)
         if cut_off:
             warnings.append(f"{cut_off} frames at the start build on missing pictures: they are left out")
-        warnings += [*_ends_early(container, stream, reached), *_holes(times)]
+        warnings += [*_ends_early(container, stream, reached), *_holes(_seconds(stamps[order], stream.time_base))]
         return FrameIndex(
             path=os.fspath(path),
             container=container.format.name.split(",")[0],
@@ -154,11 +157,10 @@ def scan(path: str | os.PathLike[str]) -> FrameIndex:
             duration=duration,
             stamps=stamps,
             decode_stamps=decode_stamps,
-            keys=keys == 1,
+            keys=keys,
             order=order,
             starts=starts,
-            stops=_last_of_group(keys == 1)[order] if by_arrival else order,
-            times=times,
+            stops=_last_of_group(keys)[order] if by_arrival else order,
             by_arrival=by_arrival,
             warnings=tuple(warnings),
         )
@@ -230,11 +232,20 @@ def _first_frame(path: str | os.PathLike[str]) -> av.VideoFrame:
     raise VideoError(f"no frame of {Path(path).name} can be decoded", "it is damaged, incomplete or encrypted")
 
 
-def _read_packets(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[array[int], float, list[str]]:
-    """Five numbers for each packet of `stream`, the last moment of any stream in seconds, and warnings."""
-    table, reached, clock, damaged, timeless, warnings = array("q"), 0.0, -math.inf, 0, 0, list[str]()
+@dataclass(slots=True)
+class _Packets:
+    """What is known of each packet of a stream, in decoding order; times and lengths are in its `time_base`."""
+
+    stamps: array[int] = field(default_factory=partial(array, "q"))
+    decode_stamps: array[int] = field(default_factory=partial(array, "q"))
+    lengths: array[int] = field(default_factory=partial(array, "q"))
+    keys: array[int] = field(default_factory=partial(array, "b"))  # 0 or 1
+    shown: array[int] = field(default_factory=partial(array, "b"))  # 0 or 1
+
+
+def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[_Packets, float, list[str]]:
+    """The packets of `stream`, the last moment of any stream in seconds, and warnings."""
+    packets, reached, clock, damaged, timeless, warnings = _Packets(), 0.0, -math.inf, 0, 0, list[str]()
     for packet in packets_of(container):
         pts, length = packet.pts, packet.duration or 0
         if pts is None:
@@ -249,15 +260,18 @@ def _read_packets(
                 break
             clock = packet.dts * float(packet.time_base)
         damaged += packet.is_corrupt
+        packets.stamps.append(pts)
+        packets.decode_stamps.append(pts if packet.dts is None else packet.dts)
+        packets.lengths.append(length)
+        packets.keys.append(packet.is_keyframe)
         # is_discard: an edit list hides the picture, although others may build on it.
-        shown = not (packet.is_corrupt or packet.is_discard)
-        table.extend((pts, pts if packet.dts is None else packet.dts, packet.is_keyframe, shown, length))
+        packets.shown.append(not (packet.is_corrupt or packet.is_discard))
     # The second field of an interlaced picture may come in a packet without a time; other pictures may not.
-    if timeless > 1.5 * len(table) / 5:
+    if timeless > 1.5 * len(packets.stamps):
         raise VideoError(f"most pictures of {Path(container.name).name} carry no times", "copy it into an mp4 file")
     if damaged:
         warnings.append(f"damaged packets: {damaged}; the pictures near them may be wrong")
-    return table, reached, warnings
+    return packets, reached, warnings
 
 
 def _display_order(stamps: np.ndarray, keys: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -270,27 +284,32 @@ def _display_order(stamps: np.ndarray, keys: np.ndarray, shown: np.ndarray) -> t
     group = np.searchsorted(key_packets, order, side="right") - 1
     # In an open group, pictures that are shown before their keyframe build on the group before it too.
     group -= (stamps[key_packets[group]] > stamps[order]) & (group > 0)
-    return order, key_packets[group]
+    return order.astype(np.int32), key_packets[group].astype(np.int32)
+
+
+def _seconds(stamps: np.ndarray, time_base: Fraction) -> np.ndarray:
+    """From the first of `stamps` to each."""
+    return (stamps - stamps[0]) * time_base.numerator / time_base.denominator
 
 
 def _last_of_group(keys: np.ndarray) -> np.ndarray:
     """For each packet, the last one before the next keyframe."""
     ends: np.ndarray = np.append(np.flatnonzero(keys)[1:] - 1, len(keys) - 1)
-    return ends[np.searchsorted(ends, np.arange(len(keys)))]
+    return ends[np.searchsorted(ends, np.arange(len(keys)))].astype(np.int32)
 
 
-def _pace(ticks: np.ndarray, last_length: int, stream: av.VideoStream) -> tuple[float, float]:
-    """The frames per second and the seconds that a file lasts; `ticks` count from the first frame.
+def _pace(stamps: np.ndarray, last_length: int, stream: av.VideoStream) -> tuple[float, float]:
+    """The frames per second and the seconds that a file lasts, of whose frames `stamps` are the times.
 
     The declared rate is kept where the frames bear it out, because it is exact where their times are rounded.
     """
     declared = float(stream.average_rate or 0)
     if not last_length:
         last_length = (
-            round(np.median(np.diff(ticks))) if len(ticks) > 1 else round(1 / (declared or 25) / stream.time_base)
+            round(np.median(np.diff(stamps))) if len(stamps) > 1 else round(1 / (declared or 25) / stream.time_base)
         )
-    duration = float((int(ticks[-1]) + last_length) * stream.time_base)
-    measured = len(ticks) / duration
+    duration = float((int(stamps[-1] - stamps[0]) + last_length) * stream.time_base)
+    measured = len(stamps) / duration
     return declared if abs(declared - measured) <= 0.01 * measured else measured, duration
 
 

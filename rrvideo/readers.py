@@ -177,8 +177,8 @@ def _numbered(
     pictures: Iterator[av.VideoFrame], index: FrameIndex, stretch: Stretch
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Tell which frames the pictures are, and leave out those that were not asked for."""
-    stamps = index.stamps[index.order]
     if index.by_arrival:
+        stamps = index.stamps[index.order]
         wanted, number = set(stretch.frames), -1
         for picture in pictures:
             known = picture.key_frame and picture.pts is not None
@@ -186,7 +186,8 @@ def _numbered(
             if number in wanted:
                 yield number, picture
     else:
-        numbers = dict(zip(stamps[stretch.frames].tolist(), stretch.frames, strict=True))
+        stamps = index.stamps[index.order[stretch.frames]]
+        numbers = dict(zip(stamps.tolist(), stretch.frames, strict=True))
         for picture in pictures:
             if picture.pts in numbers:
                 yield numbers.pop(picture.pts), picture

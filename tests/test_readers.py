@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import tracemalloc
 from fractions import Fraction
 
 import av
@@ -10,6 +11,7 @@ import pytest
 from clips import number_of, numbered_frames, write_video
 
 from rrvideo import frameindex, readers
+from rrvideo.bench import repeat_packets
 from rrvideo.errors import VideoError
 from rrvideo.video import format_time, plan_samples, probe, read_frames
 
@@ -245,6 +247,22 @@ def test_damage_in_the_middle_is_passed_over_and_told(tmp_path):
 def test_a_hole_in_a_steady_video_is_told(tmp_path):
     pts = [*range(30), *range(120, 150)]
     assert probe(make(tmp_path, "hole.mkv", pts=pts)).warnings == ("no frames between 0:01 and 0:05: they are lost",)
+
+
+def test_an_hour_of_frames_takes_a_few_megabytes_to_index_and_fewer_to_keep(tmp_path):
+    loop, taken = make(tmp_path, count=100, size=(32, 32), fps=25), []
+    frameindex.scan(loop)  # what is kept once is not of the file
+    for turns in (10, 110):
+        repeat_packets(loop, tmp_path / "long.mp4", seconds=4, turns=turns)
+        tracemalloc.start()
+        index = frameindex.scan(tmp_path / "long.mp4")
+        taken.append((len(index), *tracemalloc.get_traced_memory()))
+        tracemalloc.stop()
+    packets, kept, peak = (long - short for short, long in zip(*taken, strict=True))
+
+    assert packets == 10_000
+    assert kept / packets < 30  # 2.4 MB for an hour at 25 frames a second
+    assert peak / packets < 80
 
 
 def test_what_follows_a_jump_back_in_time_is_left_out_and_told(tmp_path):

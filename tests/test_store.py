@@ -251,7 +251,7 @@ def test_other_files_are_no_saved_videos(qa, folder, name, message):
 
 def test_a_file_of_another_format_names_the_version_that_wrote_it(qa, video, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(store, "FORMAT", 2)
+        patched.setattr(store, "FORMAT", store.FORMAT + 1)
         patched.setattr(store, "version", lambda package: "7.1")
         video.save(tmp_path / "later")
 
