@@ -24,6 +24,7 @@ QUESTION = "What colour is the circle?"
 LONG = "Describe the video. " * 40
 BLOCK = 16
 SPARSE = RRConfig(block_size=BLOCK, stride=4, tau=0.5, min_tokens=200)
+PAPER = {"scope": "row", "counted": "all", "skipped": "dropped"}  # the rule of RRConfig.paper()
 SOON = 10.0  # seconds in which whatever is to happen has happened
 
 
@@ -122,10 +123,11 @@ def by_layer(masks, layers):
     [
         ("cpu", "qwen2_vl", "float64", 2.0, True, {}),
         ("cpu", "qwen2_vl", "float64", 2.0, True, {"dense_last_block": False}),
-        ("cpu", "qwen2_vl", "float32", 2.5, False, {"scope": "heads"}),
+        ("cpu", "qwen2_vl", "float32", 2.5, False, PAPER),
         ("cpu", "qwen2_5_vl", "float64", 2.0, False, {}),
         ("cpu", "qwen3_vl", "float64", 0.7, True, {"dense_last_block": False}),
         ("reference", "qwen2_vl", "float64", 2.0, True, {}),
+        ("reference", "qwen2_vl", "float64", 2.0, True, PAPER),
         ("triton", "qwen2_vl", "float32", 0.7, True, {"block_size": 64}),  # interpreted: as little as makes sense
     ],
 )
