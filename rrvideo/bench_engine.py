@@ -136,8 +136,6 @@ def bench_questions(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Watch the same number of frames of a short and a long video, and with other chunks, each in its own process."""
-    import numpy as np
-
     loop, frames = max(1, round(LOOP * arguments.scale)), max(8, round(720 * arguments.scale))
     paths = {minutes: _repeated(arguments.cache, loop, minutes, width=320, height=240) for minutes in LENGTHS}
     shortest = min(LENGTHS)
@@ -153,7 +151,7 @@ def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     # A turn in which no two stages were at their largest at once says too little: the highest turns are compared.
     short, long = (found[minutes, 1.0].high for minutes in LENGTHS)
     highest = [found[shortest, chunk].high for chunk in CHUNKS]
-    slope, constant = (float(number) for number in np.polyfit(CHUNKS, highest, 1))
+    slope, constant = statistics.linear_regression(CHUNKS, highest)
     off = max(abs(peak - constant - slope * chunk) for peak, chunk in zip(highest, CHUNKS, strict=True))
     print(f"the highest are about {constant:.1f} MB and {slope:.1f} MB for the size of a chunk")
     same = _meets("difference between the two lengths", abs(long / short - 1), SAME_MEMORY, ".1%")
@@ -242,10 +240,7 @@ def bench_attention(arguments: argparse.Namespace) -> dict[str, Any]:
         possible = questions(world, Random(0), videos["rr"].plan.times, TIMELESS)
         asked = Random(0).sample(possible, min(ASKED, len(possible)))
         said = {way: [video.ask(question.text).text for question in asked] for way, video in videos.items()}
-        right = {
-            way: sum(is_right(question, text, 0.0) for question, text in zip(asked, texts, strict=True))
-            for way, texts in said.items()
-        }
+        right = {way: sum(map(is_right, asked, texts, [0.0] * len(asked))) for way, texts in said.items()}
         usage = videos["rr"].ask(QUESTION).usage
         row = {
             "visual_tokens": usage.visual_tokens,
@@ -287,8 +282,7 @@ class _Alone:
         from rrvideo import engine
 
         cache, tokens = engine.new_cache(self.checkpoint, len(self.prefix)), len(self.prefix)
-        cancel, stopwatch = engine.Cancel(), engine._Stopwatch()
-        prefill = engine._Prefill(self.checkpoint, cache, tokens, cancel, stopwatch)
+        prefill = engine._Prefill(self.checkpoint, cache, tokens, engine.Cancel(), engine._Stopwatch())
         for features in self.features:
             prefill.extend(self.prefix, features)
         prefill.finish(self.prefix)
@@ -296,8 +290,7 @@ class _Alone:
     def at_once(self) -> None:
         """Run all in threads that have what they need: about the least that overlapping them could take here."""
         with ThreadPoolExecutor(3) as pool:
-            for done in [pool.submit(work) for work in (self.decode, self.encode, self.prefill)]:
-                done.result()
+            list(pool.map(lambda work: work(), (self.decode, self.encode, self.prefill)))
 
 
 def _peak_of_watch(path: Path, frames: int, seconds: float, chunk: float) -> float:
