@@ -365,7 +365,7 @@ class VideoQA:
     def open(self, path: str | os.PathLike[str], *, cache: Literal["device", "offload"] = "device") -> Video:
         """Bring back a video that `Video.save` wrote to the file `path`: its answers are those of the video saved.
 
-        The video file itself need not be there any more; `warnings` says if it has changed. Raises `VideoError` if the
+        The video file itself need not be there any more. Raises `VideoError` if it is there and has changed, or if the
         saved file is not whole, and `ModelError` if it was watched by another model, or in another type of weights or
         attention.
         """

@@ -3,7 +3,7 @@
 The file is a safetensors file: keys and values of every layer, the prompt's tokens and positions and the index of the
 video's frames, with one JSON record in its metadata. Nothing in it can be executed. It is bound to the checkpoint, the
 type of the weights and the attention that it was made with, because with others the same video has other answers. It is
-bound neither to a device nor to the video file, which may be gone.
+not bound to a device. The video file may be gone, but no other one may be in its place.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def save(path: str | os.PathLike[str], video: Saved) -> None:
 def read(path: str | os.PathLike[str], checkpoint: Checkpoint, *, cache: Literal["device", "offload"]) -> Saved:
     """Bring back what `save` wrote to the file `path`, for the model that saw it.
 
-    Raises `VideoError` if the file is not whole, and `ModelError` if it was made with another checkpoint, type of
-    weights or attention.
+    Raises `VideoError` if the file is not whole or the video has changed since, and `ModelError` if it was made with
+    another checkpoint, type of weights or attention.
     """
     from safetensors import safe_open
 
@@ -141,16 +141,18 @@ def read(path: str | os.PathLike[str], checkpoint: Checkpoint, *, cache: Literal
         mark, plan = FileMark(**record["file"]), _plan(record["plan"], tensors)
         prefix = Prefix(**_put_together(record["prefix"], "prefix", tensors))
         costs = {name: record[name] for name in ("frames", "density", "seconds")}
-        warnings = list(record["warnings"])
+        warnings = tuple(record["warnings"])
         layers = range(sum(name.startswith("keys.") for name in tensors))
         states = [(tensors[f"keys.{layer}"], tensors[f"values.{layer}"]) for layer in layers]
-    changed = f"{Path(mark.path).name} has changed since it was watched: answers are about what was seen then"
-    if mark.has_changed and changed not in warnings:  # as it is where an opened video was saved again
-        warnings.append(changed)
+    if mark.has_changed:
+        raise VideoError(
+            f"{Path(mark.path).name} has changed since it was watched, and {file.name} is of what it was then",
+            f"watch it again; or put the one that was watched, or none, at {mark.path}",
+        )
     kept = new_cache(checkpoint, len(prefix), cache)
     for layer, (keys, values) in enumerate(states):
         kept.update(keys, values, layer)
-    return Saved(plan, tuple(warnings), mark, Watched(checkpoint=checkpoint, prefix=prefix, cache=kept, **costs))
+    return Saved(plan, warnings, mark, Watched(checkpoint=checkpoint, prefix=prefix, cache=kept, **costs))
 
 
 def checkpoint_digest(folder: Path) -> str:
