@@ -6,8 +6,6 @@ the last block of a list: that one goes first, and all the others go through a l
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from rrattention.blocks import BlockSelection
 from rrattention.config import Skipped
-from rrattention.triton.common import LOG2_E, load_tile, online_softmax, place
+from rrattention.triton.common import LOG2_E, load_tile, online_softmax, place, tile_constants
 from rrattention.triton.launch import DTYPES, Launch, Specialization, launch_for, takes_gluon
 from rrattention.triton.means import add_means
 
@@ -121,21 +119,6 @@ def _attend_kernel(
         tl.store(log_sums + rows_m, running_max + tl.log2(running_sum), mask=real_rows)
 
 
-def _constants(
-    head_dim: int, block_size: int, launch: Launch, *, causal: bool, padded: bool, log_sums: bool
-) -> dict[str, Any]:
-    return {
-        "HEAD_DIM": head_dim,
-        "TILE_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK": block_size,
-        "TILE_M": launch.tile_m,
-        "TILE_N": launch.tile_n,
-        "CAUSAL": causal,
-        "PADDED": padded,
-        "LOG_SUMS": log_sums,
-    }
-
-
 def specialization(head_dim: int, dtype: torch.dtype, block_size: int, stride: int, launch: Launch) -> Specialization:
     """Return what the compiler needs for the kernel as a causal prefill launches it; see `Specialization`.
 
@@ -149,8 +132,8 @@ def specialization(head_dim: int, dtype: torch.dtype, block_size: int, stride: i
     signature |= {name: "i32:16" for name in _attend_kernel.arg_names if name.endswith("_stride")}
     signature |= dict.fromkeys(("heads", "group", "query_length", "key_length", "query_blocks", "key_blocks"), "i32")
     signature |= {"scale": "fp32"}
-    constants = _constants(head_dim, block_size, launch, causal=True, padded=False, log_sums=True)
-    return Specialization(_attend_kernel, signature, constants | {"kv_start": None}, launch)
+    constants = tile_constants(head_dim, block_size, launch, causal=True, padded=False)
+    return Specialization(_attend_kernel, signature, constants | {"LOG_SUMS": True, "kv_start": None}, launch)
 
 
 def attend(
@@ -225,14 +208,8 @@ def _launch(
         grid.query_blocks,
         grid.key_blocks,
         scale * LOG2_E,
-        **_constants(
-            head_dim,
-            grid.block_size,
-            launch,
-            causal=grid.causal,
-            padded=grid.kv_start is not None,
-            log_sums=log_sums is not None,
-        ),
+        LOG_SUMS=log_sums is not None,
+        **tile_constants(head_dim, grid.block_size, launch, causal=grid.causal, padded=grid.kv_start is not None),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

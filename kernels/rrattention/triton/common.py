@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from rrattention.triton.launch import Launch
 
 LOG2_E = 1 / math.log(2)
 
@@ -73,3 +76,16 @@ def online_softmax(query, key, value, state, scale, visible, MASKED: tl.constexp
     decay = tl.exp2(running_max - new_max)
     weighted_sum = tl.dot(weights.to(value.dtype), value, weighted_sum * decay[:, None], input_precision=PRECISION)
     return weighted_sum, running_sum * decay + tl.sum(weights, axis=1), new_max
+
+
+def tile_constants(head_dim: int, block_size: int, launch: Launch, *, causal: bool, padded: bool) -> dict[str, Any]:
+    """The compile-time constants that say how large a program's tiles are, and which keys its queries may see."""
+    return {
+        "HEAD_DIM": head_dim,
+        "TILE_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK": block_size,
+        "TILE_M": launch.tile_m,
+        "TILE_N": launch.tile_n,
+        "CAUSAL": causal,
+        "PADDED": padded,
+    }

@@ -6,15 +6,13 @@ are one row for a block of keys: all of them together cost hardly more than a fe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rrattention.blocks import BlockSelection
-from rrattention.triton.common import LOG2_E, load_tile, online_softmax, place
+from rrattention.triton.common import LOG2_E, load_tile, online_softmax, place, tile_constants
 from rrattention.triton.launch import DTYPES, Launch, Specialization, launch_for
 from rrattention.triton.pool import pool
 
@@ -99,18 +97,6 @@ def _means_kernel(
     tl.store(out, (weighted_sum / running_sum[:, None]).to(out.dtype.element_ty), mask=real)
 
 
-def _constants(head_dim: int, block_size: int, launch: Launch, *, causal: bool, padded: bool) -> dict[str, Any]:
-    return {
-        "HEAD_DIM": head_dim,
-        "TILE_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK": block_size,
-        "TILE_M": launch.tile_m,
-        "TILE_N": launch.tile_n,
-        "CAUSAL": causal,
-        "PADDED": padded,
-    }
-
-
 def specialization(head_dim: int, dtype: torch.dtype, block_size: int, stride: int, launch: Launch) -> Specialization:
     """Return what the compiler needs for the kernel as a causal prefill launches it; see `Specialization`."""
     launch = launch.within(block_size)
@@ -119,7 +105,7 @@ def specialization(head_dim: int, dtype: torch.dtype, block_size: int, stride: i
     signature |= {name: "i32:16" for name in _means_kernel.arg_names if name.endswith("_stride")}
     integers = ("heads", "group", "query_length", "key_length", "query_blocks", "key_blocks", "means")
     signature |= dict.fromkeys(integers, "i32")
-    constants = _constants(head_dim, block_size, launch, causal=True, padded=False)
+    constants = tile_constants(head_dim, block_size, launch, causal=True, padded=False)
     return Specialization(_means_kernel, signature, constants | {"kv_start": None}, launch)
 
 
@@ -157,7 +143,7 @@ def add_means(
         grid.key_blocks,
         whole,
         scale * LOG2_E,
-        **_constants(head_dim, grid.block_size, launch, causal=grid.causal, padded=grid.kv_start is not None),
+        **tile_constants(head_dim, grid.block_size, launch, causal=grid.causal, padded=grid.kv_start is not None),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
