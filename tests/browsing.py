@@ -12,7 +12,7 @@ LARGEST = 1_000_000  # bytes of an upload
 WAIT = 20_000  # milliseconds
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chat():
     with served(upload_bytes=LARGEST) as running:
         yield running
