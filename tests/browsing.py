@@ -12,8 +12,9 @@ LARGEST = 1_000_000  # bytes of an upload
 WAIT = 20_000  # milliseconds
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chat():
+    """One server for all tests; it runs in a thread, so that a patch of `time` itself would stop its timers, too."""
     with served(upload_bytes=LARGEST) as running:
         yield running
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from rrdemo.session import Session
 from rrdemo.studio import Studio
@@ -19,14 +20,15 @@ class Visit:
     """A session, and when it was last used."""
 
     session: Session
-    used: float = field(default_factory=time.monotonic)
+    used: float = 0.0
 
 
 class Visitors:
     """The sessions of one app by the keys that Gradio gives to tabs; all methods may be called from any thread."""
 
-    def __init__(self, studio: Studio) -> None:
+    def __init__(self, studio: Studio, clock: Callable[[], float] = time.monotonic) -> None:
         self.studio = studio
+        self._clock = clock
         self._visits: dict[str, Visit] = {}
         self._lock = threading.Lock()
 
@@ -36,7 +38,7 @@ class Visitors:
             visit = self._visits.get(key)
             if visit is None:
                 visit = self._visits[key] = Visit(Session(self.studio))
-            visit.used = time.monotonic()
+            visit.used = self._clock()
         self._close_forgotten()
         return visit.session
 
@@ -59,7 +61,7 @@ class Visitors:
 
     def _close_forgotten(self) -> None:
         with self._lock:
-            now = time.monotonic()
+            now = self._clock()
             forgotten = [key for key, visit in self._visits.items() if now - visit.used > PATIENCE]
         for key in forgotten:
             self.leave(key)
