@@ -1,37 +1,16 @@
 """The compilation gate: what the launch table asks of the compiler, on every architecture and with no GPU present."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from compiling import compiled as compile_once
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parent.parent / "kernels" / "benchmarks" / "compile_report.py"
 ARCHITECTURES = (80, 89, 90, 100, 120)
-# A part of what `compile_report.py` compiles, to save time: bfloat16 everywhere, other dims, types and small blocks
-# on two architectures.
-SHARES = [
-    "--dtype bf16 --head-dim 128 256 --block-size 128 --stride 8",
-    "--kernel attend estimate --arch 80 90 --dtype bf16 --head-dim 64 80 --block-size 128 --stride 8",
-    "--kernel attend estimate --arch 80 90 --dtype fp16 fp32 --head-dim 128 --block-size 64 --stride 8",
-]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled():
-    """One dict for each compiled kernel, made in processes of their own: in this one Triton interprets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    lines = []
-    for share in SHARES:
-        command = [sys.executable, SCRIPT, *share.split(), "--json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        lines += done.stdout.splitlines()
-    return [json.loads(line) for line in lines]
+    return compile_once()
 
 
 def named(case):

@@ -1,15 +1,11 @@
 """The Gluon kernel for Hopper GPUs: what the compiler makes of it, which calls reach it, and what it computes."""
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import compiled as compile_once
 from test_triton_attend import assert_as_exact_as_eager, draw_selection, make_qkv, token_mask  # skips without Triton
 
 from rrattention import attend
@@ -17,7 +13,6 @@ from rrattention.triton import launch
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 dispatch = importlib.import_module("rrattention.triton.attend")  # the name is the function's in the package
-SCRIPT = Path(__file__).parent.parent / "kernels" / "benchmarks" / "compile_report.py"
 needs_gluon = pytest.mark.skipif(not version("triton").startswith(launch.GLUON_VERSIONS), reason="another Gluon")
 
 
@@ -43,13 +38,9 @@ def on_hopper(request, monkeypatch):
 
 @needs_gluon
 def test_the_compiler_gives_it_matrix_instructions_and_spills_nothing():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, SCRIPT, "--kernel", "hopper", "--head-dim", "64", "128", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = [("fp16", 64), ("fp16", 128), ("bf16", 64), ("bf16", 128)]
-    assert [(case["dtype"], case["head_dim"]) for case in compiled] == expected
+    compiled = [case for case in compile_once() if case["kernel"] == "hopper"]
+    expected = {("fp16", 64), ("fp16", 128), ("bf16", 64), ("bf16", 128)}
+    assert {(case["dtype"], case["head_dim"]) for case in compiled} == expected
     assert {case["arch"] for case in compiled} == {90}
     assert {case["mma"] for case in compiled} == {"HGMMA"}
     assert {case["spills"] for case in compiled} == {0}
