@@ -4,6 +4,7 @@ import ast
 import inspect
 import itertools
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -67,14 +68,21 @@ causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
 both_scopes = pytest.mark.parametrize("scope", ["row", "heads"])
 both_counts = pytest.mark.parametrize("counted", ["all", "choice"])
-both_ways_to_skip = pytest.mark.parametrize("skipped", ["dropped", "pooled"])
 
 
-@pytest.fixture(params=[None, 1], ids=["large-steps", "small-steps"])
-def steps(request, monkeypatch):
-    """Run once in the usual steps, of which short inputs need only one, and once in the smallest possible."""
-    if request.param:
-        monkeypatch.setattr(cpu, "SCORES_PER_THREAD", request.param)
+@pytest.fixture(params=["large-steps", "small-steps"])
+def dtype_of_steps(request, monkeypatch):
+    """Float32 in the usual steps, of which short inputs need only one, and float64 in the smallest possible."""
+    if request.param == "large-steps":
+        return torch.float32
+    monkeypatch.setattr(cpu, "SCORES_PER_THREAD", 1)
+    return torch.float64
+
+
+@cache
+def scores_of(case, causal):
+    q, k, _ = case.qkv()
+    return reference.estimate(q, k, case.grid(case.config(), causal), stride=case.stride, scale=case.dim**-0.5)
 
 
 def close(actual, expected, dtype=torch.float32):
@@ -92,8 +100,8 @@ def same_blocks(actual, expected):
 
 @all_cases
 @causal_or_not
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_scores_equal_the_reference(case, causal, dtype, steps):
+def test_scores_equal_the_reference(case, causal, dtype_of_steps):
+    dtype = dtype_of_steps
     q, k, _ = case.qkv(dtype)
     grid = case.grid(case.config(), causal)
     options = {"stride": case.stride, "scale": case.dim**-0.5}
@@ -108,11 +116,10 @@ def test_scores_equal_the_reference(case, causal, dtype, steps):
 @both_counts
 @pytest.mark.parametrize("tau", [0.3, 0.9, 1.0])
 def test_the_same_scores_select_the_same_blocks(case, causal, scope, counted, tau):
-    q, k, _ = case.qkv()
+    scores = scores_of(case, causal)
     for sink, last in [(True, True), (False, False)]:
         config = case.config(tau=tau, scope=scope, counted=counted, sink=sink, dense_last_block=last)
         grid = case.grid(config, causal)
-        scores = reference.estimate(q, k, grid, stride=case.stride, scale=case.dim**-0.5)
         same_blocks(cpu.select(scores, grid, config), reference.select(scores, grid, config))
 
 
@@ -135,8 +142,8 @@ def test_tau_one_keeps_even_the_blocks_without_mass(scope):
 
 @all_cases
 @causal_or_not
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_attending_to_any_blocks_equals_the_reference(case, causal, dtype, steps):
+def test_attending_to_any_blocks_equals_the_reference(case, causal, dtype_of_steps):
+    dtype = dtype_of_steps
     q, k, v = case.qkv(dtype)
     grid = case.grid(case.config(), causal)
     generator = torch.Generator().manual_seed(0)
@@ -152,8 +159,7 @@ def test_attending_to_any_blocks_equals_the_reference(case, causal, dtype, steps
     close(out, reference.attend(q, k, v, selection, scale=0.05), dtype)
 
 
-@both_scopes
-@both_ways_to_skip
+@pytest.mark.parametrize(("scope", "skipped"), [("row", "dropped"), ("heads", "pooled")])
 @all_cases
 @causal_or_not
 def test_the_stages_together_equal_the_reference(case, causal, scope, skipped):
@@ -219,7 +225,9 @@ def test_tau_one_equals_dense(length):
 
 
 @pytest.mark.parametrize("row", [0, 1, 2], ids=["far-below-zero", "far-above-zero", "one-far-above"])
-def test_scores_of_any_size_give_what_the_reference_gives(row, steps):
+@pytest.mark.parametrize("scores_per_thread", [cpu.SCORES_PER_THREAD, 1], ids=["large-steps", "small-steps"])
+def test_scores_of_any_size_give_what_the_reference_gives(row, scores_per_thread, monkeypatch):
+    monkeypatch.setattr(cpu, "SCORES_PER_THREAD", scores_per_thread)
     q, k, v = SMALL.qkv(torch.float64)
     k += 5
     q[:, :, row::3] += [-50, 50, 0][row]  # scores of -2000 or 2000

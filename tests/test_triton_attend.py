@@ -19,19 +19,25 @@ pytestmark = [
 # (Lq, Lk, kv_start of two sequences or None), for blocks of 64: whole, ragged, prefixed on and off the grid, padded,
 # both, and a sequence that is nothing but padding.
 SHAPES = [
-    (256, 256, None),
+    (192, 192, None),
     (1, 1, None),
     (1, 200, None),
-    (301, 301, None),
-    (130, 322, None),
-    (100, 300, None),
-    (270, 270, (0, 77)),
-    (140, 300, (200, 20)),
+    (205, 205, None),
+    (130, 258, None),
+    (100, 236, None),
+    (200, 200, (0, 77)),
+    (140, 236, (136, 20)),
     (65, 65, (65, 0)),
 ]
-FULL_SHAPES = [(301, 301, None), (100, 300, None), (140, 300, (200, 20))]
+FULL_SHAPES = [(205, 205, None), (100, 236, None), (140, 236, (136, 20))]
 CASES = [(*shape, True) for shape in SHAPES] + [(*shape, False) for shape in FULL_SHAPES]
-CASE_IDS = [f"Lq{lq}-Lk{lk}-start{start}-{'causal' if causal else 'full'}" for lq, lk, start, causal in CASES]
+# Means are told from listed blocks after the tiles are placed as in attend: less is left to go wrong.
+MEANS_CASES = [case for case in CASES if case[:2] not in ((192, 192), (130, 258), (200, 200))]
+
+
+def case_id(case):
+    query_length, key_length, start, causal = case
+    return f"Lq{query_length}-Lk{key_length}-start{start}-{'causal' if causal else 'full'}"
 
 
 def make_qkv(query_length, key_length, target, *, heads=2, kv_heads=1, dim=64, batch=1):
@@ -108,7 +114,7 @@ def assert_as_exact_as_eager(out, q, k, v, mask, scale=None):
     assert (out.double() - exact).abs().max() <= 2 * eager + 2 * rounding
 
 
-@pytest.mark.parametrize(("query_length", "key_length", "kv_start", "causal"), CASES, ids=CASE_IDS)
+@pytest.mark.parametrize(("query_length", "key_length", "kv_start", "causal"), CASES, ids=map(case_id, CASES))
 def test_attending_to_any_blocks_equals_attention_under_their_mask(
     query_length, key_length, kv_start, causal, kernel_target
 ):
@@ -132,7 +138,7 @@ def test_every_head_dim_and_block_size_is_exact(dim, block_size, kernel_target):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2)], ids=lambda heads: f"H{heads}")
 def test_query_heads_of_a_group_share_their_key_head(heads, kv_heads, kernel_target):
-    q, k, v = make_qkv(65, 129, kernel_target, heads=heads, kv_heads=kv_heads, batch=2)
+    q, k, v = make_qkv(40, 104, kernel_target, heads=heads, kv_heads=kv_heads, batch=2)
     selection = draw_selection(q, k, 64)
     out = attend(q, k, v, selection, backend="triton")
     assert_as_exact_as_eager(out, q, k, v, token_mask(selection))
@@ -148,7 +154,7 @@ def test_query_heads_of_a_group_share_their_key_head(heads, kv_heads, kernel_tar
     ids=["part-of-rows", "columns-first", "expanded"],
 )
 def test_any_strides_give_the_result_of_contiguous_tensors(view, kernel_target):
-    tensors = make_qkv(70, 100, kernel_target, dim=32)
+    tensors = make_qkv(20, 84, kernel_target, dim=32)
     selection = draw_selection(*tensors[:2], 64)
     for which in range(3):
         viewed = [view(x) if i == which else x for i, x in enumerate(tensors)]
@@ -164,7 +170,7 @@ def test_what_lies_around_the_tensors_is_left_alone(dim, kernel_target):
         inner = buffer[1:-1, 128:-128, 1:-1, 32:-32].transpose(1, 2)
         return inner.copy_(x)
 
-    q, k, v = make_qkv(100, 233, kernel_target, dim=dim)
+    q, k, v = make_qkv(40, 105, kernel_target, dim=dim)
     selection = draw_selection(q, k, 64)
     expected = attend(q, k, v, selection, backend="triton")
     around = [surrounded(x) for x in (q, k, v)]
@@ -187,7 +193,7 @@ def test_a_query_block_with_an_empty_list_returns_zeros(kernel_target):
 
 
 def test_a_list_may_end_before_the_diagonal(kernel_target):
-    q, k, v = make_qkv(256, 256, kernel_target)
+    q, k, v = make_qkv(192, 192, kernel_target)
     selection = draw_selection(q, k, 64)
     selection.counts[:, :, 2:] -= 1
     out = attend(q, k, v, selection, backend="triton")
@@ -196,7 +202,7 @@ def test_a_list_may_end_before_the_diagonal(kernel_target):
 
 @pytest.mark.parametrize("scale", [0.3, 0.0, -5.0])
 def test_scale_acts_on_the_scores(scale, kernel_target):
-    q, k, v = make_qkv(130, 130, kernel_target)
+    q, k, v = make_qkv(70, 70, kernel_target)
     selection = draw_selection(q, k, 64)
     out = attend(q, k, v, selection, scale=scale, backend="triton")
     assert_as_exact_as_eager(out, q, k, v, token_mask(selection), scale)
@@ -212,7 +218,9 @@ def test_scores_far_below_or_above_zero_do_no_harm(kernel_target):
     assert_as_exact_as_eager(out, q, k, v, token_mask(selection))
 
 
-@pytest.mark.parametrize(("query_length", "key_length", "kv_start", "causal"), CASES, ids=CASE_IDS)
+@pytest.mark.parametrize(
+    ("query_length", "key_length", "kv_start", "causal"), MEANS_CASES, ids=map(case_id, MEANS_CASES)
+)
 def test_means_of_what_is_left_out_add_up_as_in_the_reference(
     query_length, key_length, kv_start, causal, kernel_target
 ):
@@ -223,13 +231,13 @@ def test_means_of_what_is_left_out_add_up_as_in_the_reference(
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
 def test_means_are_told_from_listed_blocks_however_many_there_are(share, kernel_target):
-    q, k, v = make_qkv(20, 16 * 70 + 7, kernel_target)
+    q, k, v = make_qkv(20, 16 * 70 + 7, kernel_target, heads=1)
     assert_means_are_exact(q, k, v, draw_selection(q, k, 16, share=share))
 
 
 @pytest.mark.parametrize(("dim", "block_size"), [(40, 64), (80, 128), (128, 64), (256, 64)], ids=str)
 def test_means_of_every_head_dim_are_exact(dim, block_size, kernel_target):
-    q, k, v = make_qkv(70, 400, kernel_target, heads=1, dim=dim)
+    q, k, v = make_qkv(56, 376, kernel_target, heads=1, dim=dim)
     assert_means_are_exact(q, k, v, draw_selection(q, k, block_size, share=0.3))
 
 
@@ -248,21 +256,25 @@ def assert_means_are_exact(q, k, v, selection):
 
 
 def test_a_list_may_be_empty_or_end_before_the_diagonal_where_means_stand_in(kernel_target):
-    q, k, v = make_qkv(256, 256, kernel_target)
+    q, k, v = make_qkv(192, 192, kernel_target)
     selection = draw_selection(q, k, 64)
     selection.counts[:, :, 2:] -= 1
     selection.counts[:, :, 1] = 0
     assert_means_are_exact(q, k, v, selection)
 
 
-@pytest.mark.parametrize("rule", [RRConfig.paper, RRConfig], ids=["paper", "default"])
 @pytest.mark.parametrize(
-    ("query_length", "key_length", "kv_start", "causal"),
-    [(430, 430, None, True), (190, 447, None, True), (300, 320, (0, 90), True), (300, 320, None, False)],
-    ids=str,
+    ("rule", "query_length", "key_length", "kv_start", "causal"),
+    [
+        pytest.param(RRConfig, 430, 430, None, True, id="default"),
+        pytest.param(RRConfig.paper, 190, 447, None, True, id="paper-prefixed"),
+        pytest.param(RRConfig, 300, 320, (0, 90), True, id="default-padded"),
+        pytest.param(RRConfig.paper, 300, 320, (0, 90), True, id="paper-padded"),
+        pytest.param(RRConfig, 300, 320, None, False, id="default-full"),
+    ],
 )
 def test_the_whole_backend_selects_and_returns_what_the_reference_does(
-    query_length, key_length, kv_start, causal, rule, kernel_target
+    rule, query_length, key_length, kv_start, causal, kernel_target
 ):
     q, k, v = make_qkv(query_length, key_length, kernel_target, dim=32, batch=2 if kv_start else 1)
     config = replace(rule(tau=0.4), block_size=64, min_tokens=0)
@@ -283,9 +295,9 @@ def test_the_whole_backend_selects_and_returns_what_the_reference_does(
 
 
 def test_tau_one_equals_dense_attention(kernel_target):
-    q, k, v = make_qkv(300, 300, kernel_target, dim=32)
+    q, k, v = make_qkv(200, 200, kernel_target, dim=32)
     out = rr_attention(q, k, v, config=RRConfig(tau=1.0, min_tokens=0), backend="triton")
-    assert_as_exact_as_eager(out, q, k, v, torch.ones(300, 300, dtype=torch.bool, device=q.device).tril())
+    assert_as_exact_as_eager(out, q, k, v, torch.ones(200, 200, dtype=torch.bool, device=q.device).tril())
 
 
 def test_what_no_launch_covers_is_named():
