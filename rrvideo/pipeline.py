@@ -218,7 +218,8 @@ class Video:
         watched, start = self._watched, time.perf_counter()
         tokenizer = watched.checkpoint.tokenizer
         ids = watched.checkpoint.question(watched.prefix, turns)
-        asked = watched.checkpoint.question(watched.prefix, turns[-1:])  # without what was said before
+        # Without what was said before.
+        asked = watched.checkpoint.question(watched.prefix, turns[-1:]) if turns[1:] else ids
         gaze = Gaze(watched.prefix, asked=len(asked), layers=watched.layers)
         tokens: list[int] = []
         text = written = ""

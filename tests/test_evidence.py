@@ -8,8 +8,9 @@ import torch
 from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint
 from clips import numbered_frames, write_video
 
+from rrattention import transformers
 from rrattention.transformers import observe
-from rrvideo import budget, engine
+from rrvideo import budget, engine, evidence
 from rrvideo.evidence import Evidence, Gaze, intervals
 from rrvideo.model import load
 from rrvideo.tokens import Prefix, patchify
@@ -79,7 +80,7 @@ def look(prefix, *, towards, strength, queries=2):
     key[:, :, : len(prefix.step)][:, :, prefix.step == towards] = strength
     query = torch.zeros(1, 4, queries, 8)
     query[:, :, -1] = 1
-    return query, key
+    return query, key, key
 
 
 def gaze_at(prefix, *, asked=2, layers=1):
@@ -98,8 +99,8 @@ def test_the_step_that_one_word_looks_at_gets_the_weight():
 def test_what_every_word_looks_at_does_not_stand_out():
     prefix = prefix_of(steps=5, tokens_each=3)
     gaze = gaze_at(prefix, layers=3)
-    query, key = look(prefix, towards=2, strength=4.0)
-    gaze(0, torch.ones_like(query), key, 1.0)
+    query, key, value = look(prefix, towards=2, strength=4.0)
+    gaze(0, torch.ones_like(query), key, value, 1.0)
     gaze(1, *look(prefix, towards=0, strength=1.0), 1.0)
 
     first, _, third, *_ = gaze.weights()
@@ -108,37 +109,86 @@ def test_what_every_word_looks_at_does_not_stand_out():
 
 def test_the_words_of_the_answer_count():
     prefix = prefix_of(steps=4, tokens_each=2)
-    query, key = look(prefix, towards=3, strength=1.0)
+    query, key, value = look(prefix, towards=3, strength=1.0)
     gaze = gaze_at(prefix)
-    gaze(0, torch.zeros_like(query), key, 1.0)
-    gaze(0, query[:, :, -1:], key, 1.0)
+    gaze(0, torch.zeros_like(query), key, value, 1.0)
+    gaze(0, query[:, :, -1:], key, value, 1.0)
 
     assert gaze.weights() == pytest.approx([0, 0, 0, 1], abs=0.02)
 
 
 def test_what_was_said_before_the_question_does_not_count():
     prefix = prefix_of(steps=4, tokens_each=2)
-    query, key = look(prefix, towards=1, strength=1.0, queries=6)
+    query, key, value = look(prefix, towards=1, strength=1.0, queries=6)
     gaze = gaze_at(prefix, asked=3)
-    gaze(0, query.flip(2), key, 1.0)  # the first of six tokens looks there
+    gaze(0, query.flip(2), key, value, 1.0)  # the first of six tokens looks there
 
     assert gaze.weights() == [0.25] * 4
 
 
-def test_a_long_question_is_read_in_parts():
-    prefix = prefix_of(steps=3, tokens_each=2)
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 4, 40, 8), torch.randn(1, 2, len(prefix.step) + 40, 8)
-    gaze = gaze_at(prefix, asked=37)
-    gaze(0, query, key, 0.5)
+def steps_at(*starts, tokens_each, length):
+    """A prefix whose steps begin at these tokens."""
+    step = torch.full((length,), -1)
+    for number, start in enumerate(starts):
+        step[start : start + tokens_each] = number
+    unused = torch.zeros(0)
+    return Prefix("", torch.zeros(length), step, unused, unused, tuple(map(float, range(len(starts)))))
 
-    scores = 0.5 * query[0].double() @ key[0].double().repeat_interleave(2, dim=0).mT
-    hidden = torch.ones(40, key.shape[2], dtype=torch.bool).triu(key.shape[2] - 39)
-    shares = scores.masked_fill(hidden, -torch.inf).softmax(-1)[:, 3:, : len(prefix.step)]
-    mass = torch.stack([shares[..., prefix.step == step].sum(-1) for step in range(3)], dim=-1)
-    expected = (mass.amax(1) - mass.mean(1)).sum(0)
+
+def attention(query, key, value, scaling):
+    """What each query gives to each key, `[H, Lq, Lk]`, and what comes of it, `[1, H, Lq, D]`; in float64."""
+    group, hidden = query.shape[1] // key.shape[1], torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    keys, values = (each[0].double().repeat_interleave(group, dim=0) for each in (key, value))
+    scores = scaling * query[0].double() @ keys.mT
+    shares = scores.masked_fill(hidden.triu(key.shape[2] - query.shape[2] + 1), -torch.inf).softmax(-1)
+    return shares, (shares @ values)[None]
+
+
+LAYOUTS = {
+    "no-text-between": steps_at(3, 5, 7, 9, tokens_each=2, length=12),
+    "equal-distances": steps_at(1, 6, 11, 16, tokens_each=3, length=20),
+    "longer-times-later": steps_at(1, 6, 11, 17, 23, 30, tokens_each=3, length=34),
+    "one-step": steps_at(2, tokens_each=4, length=6),
+}
+
+
+@pytest.mark.parametrize("at_once", [2**24, 400, 1], ids=["at-once", "in-parts", "one-by-one"])
+@pytest.mark.parametrize("prefix", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix, at_once, monkeypatch):
+    monkeypatch.setattr(evidence, "SCORES", at_once)
+    torch.manual_seed(0)
+    seen, steps = len(prefix.step), len(prefix.times)
+    key, value = torch.randn(1, 2, seen + 43, 8), torch.randn(1, 2, seen + 43, 8)
+    gaze, masses = gaze_at(prefix, asked=37), []
+    for rows, length in ((40, seen + 40), (1, seen + 41), (1, seen + 42), (1, seen + 43)):  # three words were before
+        query = 2 * torch.randn(1, 4, rows, 8)
+        call = (query, key[:, :, :length], value[:, :, :length], 0.5)
+        shares, expected = attention(*call)
+        torch.testing.assert_close(gaze(0, *call), expected.float(), atol=2e-6, rtol=1e-5)
+        shares = shares[:, 3 if rows > 1 else 0 :, :seen]
+        masses.append(torch.stack([shares[..., prefix.step == step].sum(-1) for step in range(steps)], dim=-1))
+
+    expected = (torch.cat(masses, dim=1).amax(1) - masses[0].mean(1)).sum(0)
     expected = (expected - expected.median()).clamp(min=0)
-    assert gaze.weights() == pytest.approx((expected / expected.sum()).tolist(), abs=1e-5)
+    expected = expected / expected.sum() if steps > 1 else torch.ones(1)
+    assert gaze.weights() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_model_attends_by_the_gaze_where_it_looks_and_writes_the_same(tmp_path, clip, monkeypatch):
+    checkpoint = load(make_checkpoint(tmp_path), attention="rr", device="cpu")
+    stream = read_frames(budget.plan(checkpoint, clip, fps=1.0, max_frames=8, timestamps=True))
+    watched = engine.watch(checkpoint, stream, timestamps=True)
+    ids, dense, by_itself = checkpoint.question(watched.prefix, QUESTION), transformers.dense_attention, []
+    monkeypatch.setattr(
+        transformers, "dense_attention", lambda *call, **kwargs: by_itself.append(call) or dense(*call, **kwargs)
+    )
+    unseen = list(watched.generate(ids, max_new_tokens=5))
+    assert len(by_itself) == 2 * 5  # layers and passes
+    gaze = Gaze(watched.prefix, asked=len(ids), layers=watched.layers)
+    seen = list(watched.generate(ids, max_new_tokens=5, observer=gaze))
+
+    assert seen == unseen
+    assert len(by_itself) == 2 * 5 + 5
 
 
 def test_the_later_half_of_the_layers_does_not_count():

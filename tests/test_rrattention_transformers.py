@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from rrattention import RRConfig
+from rrattention.dense import dense_attention
 from rrattention.transformers import NAME, enable, observe, record, register
 
 SPARSE = RRConfig(block_size=16, stride=4, tau=0.5, min_tokens=0)
@@ -416,13 +417,38 @@ def test_observers_see_each_call_with_what_attention_is_computed_from(llama, att
         model.generate(make_ids(50), max_new_tokens=3, do_sample=False)
     model(make_ids(50))
     assert [layer for layer, *_ in calls] == [0, 0, 0]
-    assert [(tuple(query.shape), tuple(key.shape)) for _, query, key, _ in calls] == [
+    assert [(tuple(query.shape), tuple(key.shape)) for _, query, key, *_ in calls] == [
         ((1, 4, 50, 16), (1, 2, 50, 16)),
         ((1, 4, 1, 16), (1, 2, 51, 16)),
         ((1, 4, 1, 16), (1, 2, 52, 16)),
     ]
-    _, query, key, scaling = calls[0]
+    _, query, key, value, scaling = calls[0]
+    assert value.shape == key.shape
     model.set_attn_implementation("eager")
     expected = model(make_ids(50), output_attentions=True).attentions[0][0, :, -1]
     weights = (query[0, :, -1:] @ key[0].repeat_interleave(2, 0).mT * scaling).softmax(-1)[:, 0]
     close(weights, expected)
+
+
+def test_what_an_observer_has_computed_is_taken_where_attention_is_plain_and_dense(monkeypatch):
+    model, ids = make_model(num_hidden_layers=1), make_ids(50)
+    enable(model, EXACT, "full")
+    expected = model(ids).logits
+
+    def attend(_, query, key, value, scale):
+        return dense_attention(query, key, value, scale=scale)
+
+    def attend_wrongly(_, query, *rest):
+        return torch.zeros_like(query)
+
+    padded = torch.ones(1, 50, dtype=torch.long)
+    padded[:, :7] = 0
+    hidden = model(ids, attention_mask=padded).logits
+    with observe(attend_wrongly):
+        assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
+        close(model(ids, attention_mask=padded).logits[:, 7:], hidden[:, 7:])
+        enable(model, EXACT, "rr")
+        close(model(ids).logits, expected)
+    enable(model, EXACT, "full")
+    with observe(attend):
+        close(model(ids).logits, expected)

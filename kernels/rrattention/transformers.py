@@ -45,7 +45,7 @@ __all__ = [
 NAME = "rrattention"
 
 Attention = Literal["rr", "full"]
-Observer = Callable[[int, Tensor, Tensor, float], None]
+Observer = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]
 T = TypeVar("T")
 
 # What some models hand to their attention and softmax attention over blocks does not compute.
@@ -126,9 +126,11 @@ def record() -> AbstractContextManager[PrefillRecord]:
 
 
 def observe(callback: Observer) -> AbstractContextManager[Observer]:
-    """Call `callback(layer_idx, query, key, scaling)` on each attention call that this thread makes inside the `with`.
+    """Call `callback(layer_idx, query, key, value, scaling)` on each attention call of this thread inside the `with`.
 
-    query [B, H, Lq, D] and key [B, K, Lk, D], the cache included, are those of the call, after rotary embedding.
+    query [B, H, Lq, D], key and value [B, K, Lk, D], the cache included, are those of the call, after rotary embedding.
+    A callback that attends exactly, and causally, may return what comes of it, [B, H, Lq, D]: where that is what the
+    call would compute, it is not computed again.
     """
     return _listening(_OBSERVERS, callback)
 
@@ -190,8 +192,7 @@ def _attention(
     if (part := _CHUNK.get()) is not None:
         config = config.for_chunk(**part, device=query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    for callback in _OBSERVERS.get():
-        callback(module.layer_idx, query, key, scale)
+    attended = [callback(module.layer_idx, query, key, value, scale) for callback in _OBSERVERS.get()]
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or (attention_mask is not None and attention_mask.dim() != 1):
@@ -208,7 +209,8 @@ def _attention(
         for prefill in _RECORDS.get():
             prefill.add(module.layer_idx, stats)
     else:
-        out = dense_attention(query, key, value, scale=scale, kv_start=kv_start)
+        known = next((out for out in attended if out is not None), None) if kv_start is None else None
+        out = dense_attention(query, key, value, scale=scale, kv_start=kv_start) if known is None else known
         _record_dense(module, query, key, config, kv_start)
     return out.transpose(1, 2).contiguous(), None
 
