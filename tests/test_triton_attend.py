@@ -235,6 +235,11 @@ def test_means_are_told_from_listed_blocks_however_many_there_are(share, kernel_
     assert_means_are_exact(q, k, v, draw_selection(q, k, 16, share=share))
 
 
+def test_query_heads_of_a_group_share_their_key_heads_means(kernel_target):
+    q, k, v = make_qkv(20, 276, kernel_target, heads=4, kv_heads=2, batch=2)
+    assert_means_are_exact(q, k, v, draw_selection(q, k, 64, share=0.3))
+
+
 @pytest.mark.parametrize(("dim", "block_size"), [(40, 64), (80, 128), (128, 64), (256, 64)], ids=str)
 def test_means_of_every_head_dim_are_exact(dim, block_size, kernel_target):
     q, k, v = make_qkv(56, 376, kernel_target, heads=1, dim=dim)
