@@ -115,7 +115,7 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("attend", 64, 32): Launch(64, 32, 8, 2),
         ("attend", 128, 32): Launch(16, 32, 8, 2),
         ("attend", 256, 32): Launch(16, 16, 8, 2),
-        ("means", 128, 16): Launch(128, 32, 8, 2),
+        ("means", 128, 16): Launch(64, 32, 4, 3),
         ("means", 256, 16): Launch(64, 32, 8, 2),
         ("means", 128, 32): Launch(16, 32, 8, 2),
         ("means", 256, 32): Launch(16, 16, 8, 2),
