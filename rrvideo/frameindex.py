@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -34,6 +35,7 @@ OTHER_FILES = (
 )
 # The demuxer of a damaged file may fail and then go on; one that fails this often in a row has nothing more to give.
 FAILURES_IN_A_ROW = 10
+NARROW = 2**30 - 1  # no two numbers up to this are further apart than 32 bits can say
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,10 @@ class FrameIndex:
     time_base: Fraction  # seconds
     fps: float
     duration: float  # seconds
-    stamps: np.ndarray  # int64 [packets], presentation times in `time_base`
-    decode_stamps: np.ndarray  # int64 [packets], decoding times
+    stamps: np.ndarray  # int32, or int64 where they need it, [packets]: presentation times in `time_base`
     keys: np.ndarray  # bool [packets]
+    seeks: np.ndarray  # int64 [keyframes + 1], the decoding times of the first packet and of those of `keys`
     order: np.ndarray  # int32 [frames], the packet that holds the frame
-    starts: np.ndarray  # int32 [frames], the packet where decoding must start to get it
-    stops: np.ndarray  # int32 [frames], the packet after which it can be had
     by_arrival: bool
     warnings: tuple[str, ...]
 
@@ -116,6 +116,29 @@ class FrameIndex:
         """When frames are shown: seconds since the first one, float64 [frames]."""
         return _seconds(self.stamps[self.order], self.time_base)
 
+    def starts(self, frames: Sequence[int]) -> np.ndarray:
+        """The packets where decoding must start to get each of `frames`, int64 [frames]."""
+        packets: np.ndarray = self.order.take(frames)
+        key_packets = np.flatnonzero(self.keys) if self.keys.any() else np.array([0])
+        group = np.searchsorted(key_packets, packets, side="right") - 1
+        # In an open group, pictures that are shown before their keyframe build on the group before it too.
+        group -= (self.stamps[key_packets[group]] > self.stamps[packets]) & (group > 0)
+        return key_packets[group]
+
+    def stops(self, frames: Sequence[int]) -> np.ndarray:
+        """The packets after which each of `frames` can be had, int64 [frames]."""
+        packets: np.ndarray = self.order.take(frames).astype(np.int64)
+        if not self.by_arrival:
+            return packets
+        ends: np.ndarray = np.append(
+            np.flatnonzero(self.keys)[1:] - 1, len(self.keys) - 1
+        )  # of each group, its last packet
+        return ends[np.searchsorted(ends, packets)]
+
+    def seek_stamp(self, packet: int) -> int:
+        """The decoding time of `packet`, which is the first one or a keyframe's."""
+        return int(self.seeks[np.count_nonzero(self.keys[: packet + 1]) if packet else 0])
+
     @property
     def keyframes(self) -> np.ndarray:
         """The numbers of the frames that can be decoded alone, int64 [keyframes]."""
@@ -129,41 +152,42 @@ def scan(path: str | os.PathLike[str]) -> FrameIndex:
     Raises `VideoError` if the file is no video or none of its frames can be decoded.
     """
     first = _first_frame(path)
-    upright = Upright.of(first)
+    upright, packets = Upright.of(first), _Packets()
     width, height = upright.size(first.width, first.height)
     with open_video(path) as (container, stream):
-        packets, reached, warnings = _read_packets(container, stream)
-        # Views: an hour has a hundred thousand packets, and freed memory does not always go back to the system.
-        stamps, decode_stamps, lengths = map(np.asarray, (packets.stamps, packets.decode_stamps, packets.lengths))
-        keys, shown = np.asarray(packets.keys).view(bool), np.asarray(packets.shown).view(bool)
-        order, starts = _display_order(stamps, keys, shown)
-        if not len(order):
-            raise VideoError(f"no frame of {Path(path).name} is whole", "copy or download it again")
-        by_arrival = bool(stream.codec_context.has_b_frames) and bool((np.diff(stamps) > 0).all())
-        fps, duration = _pace(stamps[order], int(lengths[order[-1]]), stream)
-        cut_off = int(np.count_nonzero(shown)) - len(order)
-        if cut_off:
-            warnings.append(f"{cut_off} frames at the start build on missing pictures: they are left out")
-        warnings += [*_ends_early(container, stream, reached), *_holes(_seconds(stamps[order], stream.time_base))]
-        return FrameIndex(
-            path=os.fspath(path),
-            container=container.format.name.split(",")[0],
-            codec=stream.codec_context.codec.name,
-            width=width,
-            height=height,
-            upright=upright,
-            time_base=stream.time_base,
-            fps=fps,
-            duration=duration,
-            stamps=stamps,
-            decode_stamps=decode_stamps,
-            keys=keys,
-            order=order,
-            starts=starts,
-            stops=_last_of_group(keys)[order] if by_arrival else order,
-            by_arrival=by_arrival,
-            warnings=tuple(warnings),
-        )
+        reached, warnings = _read_packets(container, stream, packets)
+        facts: dict[str, Any] = {
+            "container": container.format.name.split(",")[0],
+            "codec": stream.codec_context.codec.name,
+            "time_base": stream.time_base,
+        }
+        declared, reordered = float(stream.average_rate or 0), bool(stream.codec_context.has_b_frames)
+        early = _ends_early(container, stream, reached)
+    # The container, which holds an index of its own, is closed by now: an hour has a hundred thousand packets.
+    stamps, keys, shown = packets.arrays()
+    order = _display_order(stamps, keys, shown)
+    if not len(order):
+        raise VideoError(f"no frame of {Path(path).name} is whole", "copy or download it again")
+    times = stamps[order]
+    fps, duration = _pace(times, packets.lengths[order[-1]], declared, facts["time_base"])
+    if cut_off := int(np.count_nonzero(shown)) - len(order):
+        warnings.append(f"{cut_off} frames at the start build on missing pictures: they are left out")
+    warnings += [*early, *_holes(_seconds(times, facts["time_base"]))]
+    return FrameIndex(
+        path=os.fspath(path),
+        **facts,
+        width=width,
+        height=height,
+        upright=upright,
+        fps=fps,
+        duration=duration,
+        stamps=stamps,
+        keys=keys,
+        seeks=np.array(packets.seeks),
+        order=order,
+        by_arrival=reordered and bool((stamps[1:] > stamps[:-1]).all()),
+        warnings=tuple(warnings),
+    )
 
 
 @contextmanager
@@ -236,16 +260,33 @@ def _first_frame(path: str | os.PathLike[str]) -> av.VideoFrame:
 class _Packets:
     """What is known of each packet of a stream, in decoding order; times and lengths are in its `time_base`."""
 
-    stamps: array[int] = field(default_factory=partial(array, "q"))
-    decode_stamps: array[int] = field(default_factory=partial(array, "q"))
-    lengths: array[int] = field(default_factory=partial(array, "q"))
+    stamps: array[int] = field(default_factory=partial(array, "i"))
+    lengths: array[int] = field(default_factory=partial(array, "i"))
     keys: array[int] = field(default_factory=partial(array, "b"))  # 0 or 1
     shown: array[int] = field(default_factory=partial(array, "b"))  # 0 or 1
+    seeks: array[int] = field(default_factory=partial(array, "q"))  # decoding times of the first and of keyframes
+
+    def add(self, packet: av.Packet, stamp: int) -> None:
+        length, decoded = packet.duration or 0, stamp if packet.dts is None else packet.dts
+        if max(abs(stamp), length) > NARROW and self.stamps.typecode == "i":
+            self.stamps, self.lengths = array("q", self.stamps), array("q", self.lengths)
+        self.stamps.append(stamp)
+        self.lengths.append(length)
+        self.keys.append(packet.is_keyframe)
+        # is_discard: an edit list hides the picture, although others may build on it.
+        self.shown.append(not (packet.is_corrupt or packet.is_discard))
+        self.seeks.extend([decoded] * (packet.is_keyframe + (not self.seeks)))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Stamps, keys and which are shown; views, for freed memory does not always go back to the system."""
+        return np.asarray(self.stamps), np.asarray(self.keys).view(bool), np.asarray(self.shown).view(bool)
 
 
-def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[_Packets, float, list[str]]:
-    """The packets of `stream`, the last moment of any stream in seconds, and warnings."""
-    packets, reached, clock, damaged, timeless, warnings = _Packets(), 0.0, -math.inf, 0, 0, list[str]()
+def _read_packets(
+    container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets
+) -> tuple[float, list[str]]:
+    """Read `stream` into `packets`; returns the last moment of any stream in seconds, and warnings."""
+    reached, clock, damaged, timeless, warnings = 0.0, -math.inf, 0, 0, list[str]()
     for packet in packets_of(container):
         pts, length = packet.pts, packet.duration or 0
         if pts is None:
@@ -260,55 +301,38 @@ def _read_packets(container: av.container.InputContainer, stream: av.VideoStream
                 break
             clock = packet.dts * float(packet.time_base)
         damaged += packet.is_corrupt
-        packets.stamps.append(pts)
-        packets.decode_stamps.append(pts if packet.dts is None else packet.dts)
-        packets.lengths.append(length)
-        packets.keys.append(packet.is_keyframe)
-        # is_discard: an edit list hides the picture, although others may build on it.
-        packets.shown.append(not (packet.is_corrupt or packet.is_discard))
+        packets.add(packet, pts)
     # The second field of an interlaced picture may come in a packet without a time; other pictures may not.
     if timeless > 1.5 * len(packets.stamps):
         raise VideoError(f"most pictures of {Path(container.name).name} carry no times", "copy it into an mp4 file")
     if damaged:
         warnings.append(f"damaged packets: {damaged}; the pictures near them may be wrong")
-    return packets, reached, warnings
+    return reached, warnings
 
 
-def _display_order(stamps: np.ndarray, keys: np.ndarray, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The packets of the frames in display order, and the keyframe packets where decoding them starts."""
-    key_packets = np.flatnonzero(keys) if keys.any() else np.array([0])
+def _display_order(stamps: np.ndarray, keys: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """The packets of the frames in display order, int32 [frames]."""
     # What comes before the first keyframe, in the file or on the screen, builds on pictures that were cut off.
-    first = key_packets[0]
-    usable = np.flatnonzero(shown & (np.arange(len(stamps)) >= first) & (stamps >= stamps[first : first + 1]))
-    order = usable[np.argsort(stamps[usable], kind="stable")]
-    group = np.searchsorted(key_packets, order, side="right") - 1
-    # In an open group, pictures that are shown before their keyframe build on the group before it too.
-    group -= (stamps[key_packets[group]] > stamps[order]) & (group > 0)
-    return order.astype(np.int32), key_packets[group].astype(np.int32)
+    first = int(keys.argmax())  # 0 without any
+    usable = shown & (stamps >= stamps[first : first + 1])
+    usable[:first] = False
+    order: np.ndarray = np.flatnonzero(usable).astype(np.int32)
+    return order[np.argsort(stamps[order], kind="stable")]
 
 
 def _seconds(stamps: np.ndarray, time_base: Fraction) -> np.ndarray:
     """From the first of `stamps` to each."""
-    return (stamps - stamps[0]) * time_base.numerator / time_base.denominator
+    return (stamps - stamps[:1].astype(np.int64)) * time_base.numerator / time_base.denominator
 
 
-def _last_of_group(keys: np.ndarray) -> np.ndarray:
-    """For each packet, the last one before the next keyframe."""
-    ends: np.ndarray = np.append(np.flatnonzero(keys)[1:] - 1, len(keys) - 1)
-    return ends[np.searchsorted(ends, np.arange(len(keys)))].astype(np.int32)
-
-
-def _pace(stamps: np.ndarray, last_length: int, stream: av.VideoStream) -> tuple[float, float]:
+def _pace(stamps: np.ndarray, last_length: int, declared: float, time_base: Fraction) -> tuple[float, float]:
     """The frames per second and the seconds that a file lasts, of whose frames `stamps` are the times.
 
     The declared rate is kept where the frames bear it out, because it is exact where their times are rounded.
     """
-    declared = float(stream.average_rate or 0)
     if not last_length:
-        last_length = (
-            round(np.median(np.diff(stamps))) if len(stamps) > 1 else round(1 / (declared or 25) / stream.time_base)
-        )
-    duration = float((int(stamps[-1] - stamps[0]) + last_length) * stream.time_base)
+        last_length = round(np.median(np.diff(stamps))) if len(stamps) > 1 else round(1 / (declared or 25) / time_base)
+    duration = float((int(stamps[-1] - stamps[0]) + last_length) * time_base)
     measured = len(stamps) / duration
     return declared if abs(declared - measured) <= 0.01 * measured else measured, duration
 

@@ -114,8 +114,8 @@ class _Decoder:
 def _stretches(index: FrameIndex, frames: Sequence[int], seek_saves: int) -> Iterator[Stretch]:
     """Group frames so that a seek from one group to the next saves more than `seek_saves` packets."""
     stretch: Stretch | None = None
-    for number in frames:
-        start, stop = int(index.starts[number]), int(index.stops[number])
+    borders = zip(index.starts(frames).tolist(), index.stops(frames).tolist(), strict=True)
+    for number, (start, stop) in zip(frames, borders, strict=True):
         if stretch is None or start - stretch.stop > seek_saves:
             if stretch is not None:
                 yield stretch
@@ -145,9 +145,9 @@ def _packets_from(
     if start == 0:  # the first stretch, with nothing read yet
         return packets_of(container, stream)
     # Containers differ in which of a packet's two times they seek by, so look where the seek has led.
-    for stamp in (index.stamps[start], index.decode_stamps[start], index.decode_stamps[0]):
+    for stamp in (int(index.stamps[start]), index.seek_stamp(start), index.seek_stamp(0)):
         try:
-            container.seek(int(stamp), stream=stream)
+            container.seek(stamp, stream=stream)
         except av.FFmpegError:
             continue
         packets = packets_of(container, stream)

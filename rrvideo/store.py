@@ -32,7 +32,7 @@ from rrvideo.video import SamplePlan, VideoInfo
 
 __all__ = ["FileMark", "Saved", "checkpoint_digest", "read", "save"]
 
-FORMAT = 2
+FORMAT = 3
 MIB = 2**20
 SAMPLE = 1024  # bytes of each weight tensor, which tell one checkpoint from another
 
