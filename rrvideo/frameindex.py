@@ -287,19 +287,21 @@ def _read_packets(
 ) -> tuple[float, list[str]]:
     """Read `stream` into `packets`; returns the last moment of any stream in seconds, and warnings."""
     reached, clock, damaged, timeless, warnings = 0.0, -math.inf, 0, 0, list[str]()
+    ticks: dict[int, float] = {}  # of each stream, in seconds; to ask every packet takes longer than to read it
     for packet in packets_of(container):
-        pts, length = packet.pts, packet.duration or 0
+        pts, own = packet.pts, packet.stream_index == stream.index
         if pts is None:
-            timeless += packet.stream_index == stream.index
+            timeless += own
             continue
-        reached = max(reached, (pts + length) * float(packet.time_base))
-        if packet.stream_index != stream.index:
+        tick = ticks.get(packet.stream_index) or ticks.setdefault(packet.stream_index, float(packet.time_base))
+        reached = max(reached, (pts + (packet.duration or 0)) * tick)
+        if not own:
             continue
         if packet.dts is not None:
-            if packet.dts * float(packet.time_base) < clock - 1.0:
+            if packet.dts * tick < clock - 1.0:
                 warnings.append(f"the clock of the file jumps back at {format_time(reached)}: the rest is left out")
                 break
-            clock = packet.dts * float(packet.time_base)
+            clock = packet.dts * tick
         damaged += packet.is_corrupt
         packets.add(packet, pts)
     # The second field of an interlaced picture may come in a packet without a time; other pictures may not.
