@@ -1,7 +1,7 @@
 """Prefill generated frames with a whole Qwen2-VL of random weights, chunk by chunk, sparse and dense.
 
     python kernels/benchmarks/watch.py --shape 7b --tokens 131072 --tau .95 .3
-    python kernels/benchmarks/watch.py --shape 2b --video FILE --frames 900    how well a real file's stages overlap
+    python kernels/benchmarks/watch.py --shape 2b --video FILE --frames 900 --tau .5    how well a file's stages overlap
 
 Everything runs that runs when a video is watched, but for the decoder. Random weights attend to everything alike: tau
 is then about the density that they get, and nothing is said of a trained model's. Times are medians over runs by turns,
@@ -72,12 +72,12 @@ def main() -> int:
 
 
 def overlap(checkpoint: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The time to a first answer about a file against the longest of its stages alone, with full attention."""
+    """The time to a first answer about a file against the longest of its stages alone, with the first tau."""
     from rrattention.transformers import enable
     from rrvideo import VideoQA
     from rrvideo.bench_engine import first_answer
 
-    enable(checkpoint.model, attention="full")
+    enable(checkpoint.model, RRConfig(tau=arguments.tau[0]))
     sampling = {"fps": 1000.0, "max_frames": arguments.frames, "timestamps": False}
     found = first_answer(VideoQA(checkpoint), arguments.video, sampling, arguments.repeats)
     return found | {
