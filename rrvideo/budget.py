@@ -28,7 +28,6 @@ __all__ = [
     "chunk_tokens",
     "estimate",
     "extent",
-    "frames_ahead",
     "plan",
 ]
 
@@ -151,17 +150,6 @@ def chunk_tokens(device: torch.device) -> int:
     return CHUNK_TOKENS_CUDA if device.type == "cuda" else CHUNK_TOKENS
 
 
-def frames_ahead(checkpoint: Checkpoint, plan: SamplePlan) -> int:
-    """How many frames of `plan` may be decoded before any of them is asked for.
-
-    As many as a chunk of tokens is made of, whatever their size: then a reader need not stop while one is prefilled.
-    """
-    spec, step = checkpoint.spec, checkpoint.spec.temporal_patch_size
-    _, rows, columns = spec.grid(step, plan.height, plan.width)
-    steps = chunk_tokens(checkpoint.device) * spec.merge_size**2 // (rows * columns)
-    return max(steps * step, chunk_frames(plan, step))
-
-
 def kv_bytes(checkpoint: Checkpoint, tokens: int) -> int:
     """Bytes of the KV cache of so many tokens: a key and a value in each layer, for each key head."""
     config = checkpoint.model.config.get_text_config()
@@ -223,8 +211,7 @@ def _vision_bytes(checkpoint: Checkpoint, plan: SamplePlan, longest: int) -> int
     pixels = 3 * spec.temporal_patch_size * spec.patch_size**2
     # Patches as bytes, in float32 and in the model's type; then norms, projections, rotations, attention and MLP.
     a_patch = pixels * (1 + 4 + size) + hidden * (16 * size + 10 * 4) + inner * 4 * size
-    waiting = min(frames_ahead(checkpoint, plan), len(plan.indices))
-    frames_waiting = (CHUNKS_AT_ONCE * frames + waiting) * 3 * plan.height * plan.width
+    frames_waiting = CHUNKS_AT_ONCE * 3 * frames * plan.height * plan.width
     tokens_waiting = CHUNKS_AT_ONCE * patches // spec.merge_size**2 + longest
     # Twice, because what waits is joined by copying.
     return patches * a_patch + frames_waiting + 2 * tokens_waiting * checkpoint.feature_width * size
