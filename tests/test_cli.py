@@ -546,6 +546,15 @@ def test_a_reader_that_has_seen_enough_is_no_failure():
     assert process.returncode == 141
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores interrupts, the tests too; not here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_quietly(rrvideo, monkeypatch, model, clip):
     def interrupt(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
