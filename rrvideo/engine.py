@@ -239,7 +239,9 @@ class _Prefill:
         """
         self.features.append(features)
         self.encoded += len(features)
-        settled = int(prefix.visual.nonzero()[self.encoded - 1]) + 1
+        # NumPy, and below only part of the prefix: over so many tokens torch would call up all its threads, and while
+        # those wait for more work they take the cores from the decoder's.
+        settled = int(np.flatnonzero(prefix.step.numpy() >= 0)[self.encoded - 1]) + 1
         while settled - self.cache.get_seq_length() >= self.chunk + self.block:
             self._run(prefix, self.chunk, last=False)
 
@@ -253,7 +255,7 @@ class _Prefill:
         self.cancel.check()
         start = self.cache.get_seq_length()
         part = slice(start, start + count)
-        visual = prefix.visual[part]
+        visual = prefix.step[part] >= 0
         taken, rest = torch.cat(self.features).tensor_split([int(visual.sum())])
         self.features = [rest]
         with (
