@@ -32,7 +32,7 @@ ask: $(VENV)/installed
 	@$(BIN)/rrvideo ask sample "$(QUESTION)"
 
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	@$(BIN)/ruff check .
