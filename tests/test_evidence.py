@@ -152,10 +152,12 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("attends", [True, False], ids=["attends", "looks-only"])
 @pytest.mark.parametrize("at_once", [2**24, 400, 1], ids=["at-once", "in-parts", "one-by-one"])
 @pytest.mark.parametrize("prefix", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix, at_once, monkeypatch):
+def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix, at_once, attends, monkeypatch):
     monkeypatch.setattr(evidence, "SCORES", at_once)
+    monkeypatch.setattr(evidence, "ATTENDS", {"cpu"} if attends else set())
     torch.manual_seed(0)
     seen, steps = len(prefix.step), len(prefix.times)
     key, value = torch.randn(1, 2, seen + 43, 8), torch.randn(1, 2, seen + 43, 8)
@@ -164,7 +166,11 @@ def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix
         query = 2 * torch.randn(1, 4, rows, 8)
         call = (query, key[:, :, :length], value[:, :, :length], 0.5)
         shares, expected = attention(*call)
-        torch.testing.assert_close(gaze(0, *call), expected.float(), atol=2e-6, rtol=1e-5)
+        attended = gaze(0, *call)
+        if attends:
+            torch.testing.assert_close(attended, expected.float(), atol=2e-6, rtol=1e-5)
+        else:
+            assert attended is None
         shares = shares[:, 3 if rows > 1 else 0 :, :seen]
         masses.append(torch.stack([shares[..., prefix.step == step].sum(-1) for step in range(steps)], dim=-1))
 
