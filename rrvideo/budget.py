@@ -18,6 +18,7 @@ from rrvideo.tokens import Prefix
 from rrvideo.video import SamplePlan, plan_samples
 
 __all__ = [
+    "CHUNKS_AHEAD",
     "CHUNK_FRAMES",
     "CHUNK_PIXELS",
     "CHUNK_TOKENS",
@@ -40,6 +41,7 @@ CHUNK_PIXELS = 2**22
 CHUNK_TOKENS = 2048
 CHUNK_TOKENS_CUDA = 8192
 CHUNKS_AT_ONCE = 3  # one that is decoded, one that is encoded and one that is prefilled
+CHUNKS_AHEAD = 3  # of decoded frames, for the encoder: so many come while an accelerator prefills a chunk of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,8 @@ def _vision_bytes(checkpoint: Checkpoint, plan: SamplePlan, longest: int) -> int
     pixels = 3 * spec.temporal_patch_size * spec.patch_size**2
     # Patches as bytes, in float32 and in the model's type; then norms, projections, rotations, attention and MLP.
     a_patch = pixels * (1 + 4 + size) + hidden * (16 * size + 10 * 4) + inner * 4 * size
-    frames_waiting = CHUNKS_AT_ONCE * 3 * frames * plan.height * plan.width
+    # Beside those that wait for the encoder, what is in it and what is on its way.
+    frames_waiting = (CHUNKS_AHEAD + 2) * 3 * frames * plan.height * plan.width
     tokens_waiting = CHUNKS_AT_ONCE * patches // spec.merge_size**2 + longest
     # Twice, because what waits is joined by copying.
     return patches * a_patch + frames_waiting + 2 * tokens_waiting * checkpoint.feature_width * size

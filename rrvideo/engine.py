@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from rrvideo.budget import ROOM, chunk_frames, chunk_tokens, extent
+from rrvideo.budget import CHUNKS_AHEAD, ROOM, chunk_frames, chunk_tokens, extent
 from rrvideo.errors import BudgetError
 from rrvideo.model import Checkpoint
 from rrvideo.stages import Cancel, Stages
@@ -178,9 +178,9 @@ def watch(
 ) -> Watched:
     """Prefill what `stream` shows, with the times of the frames that really come.
 
-    A reader, an encoder and the caller's thread work ahead of each other by a chunk, so that no more than a few chunks
-    of frames exist at a time. `cache="offload"` keeps keys and values in the CPU's memory. `progress` is called
-    from any of the three, one at a time, and not when the watch is over.
+    A reader, an encoder and the caller's thread work ahead of each other by few chunks, so that the pixels of few
+    exist at a time. `cache="offload"` keeps keys and values in the CPU's memory. `progress` is called from any of the
+    three, one at a time, and not when the watch is over.
     Raises `VideoError` if no frame can be decoded or none comes for a minute, `Cancelled` where `cancel` says so, and
     what goes wrong in any of the threads.
     """
@@ -188,7 +188,7 @@ def watch(
 
     cancel = cancel or Cancel()
     plan, stopwatch, step = stream.plan, _Stopwatch(progress), checkpoint.spec.temporal_patch_size
-    size, ahead = (plan.height, plan.width), chunk_frames(plan, step)
+    size, ahead = (plan.height, plan.width), CHUNKS_AHEAD * chunk_frames(plan, step)
     # A reader may take as long as the video plays between two frames: it has to decode what lies there.
     patience = max(PATIENCE, *(after - before for before, after in pairwise(plan.times)), 0)
     planned = checkpoint.prefix(plan.times, size, timestamps=timestamps)
