@@ -174,18 +174,18 @@ def build_prefix(
     if timestamps or part_steps:
         segments = [(label(shown) if timestamps else "", [index]) for index, shown in enumerate(moments)]
     labels = [text + segments[0][0], *(label for label, _ in segments[1:])]
-    ids: list[int] = []
-    step: list[int] = []
+    ids: list[np.ndarray] = []
+    step: list[np.ndarray] = []
     for label_ids, (_, indices) in zip(tokenizer(labels, add_special_tokens=False).input_ids, segments, strict=True):
-        visual = [index for index in indices for _ in range(step_tokens)]
-        ids += [*label_ids, start, *[pad] * len(visual), end]
-        step += [*[-1] * len(label_ids), -1, *visual, -1]
+        visual: np.ndarray = np.repeat(indices, step_tokens)
+        ids += [np.array([*label_ids, start]), np.full_like(visual, pad), np.array([end])]
+        step += [np.full(len(label_ids) + 1, -1), visual, np.array([-1])]
 
-    step_of_token = torch.tensor(step)
+    step_of_token = torch.from_numpy(np.concatenate(step))
     grid_thw = torch.tensor([[len(indices), rows, columns] for _, indices in segments])
     return Prefix(
         text=text,
-        input_ids=torch.tensor(ids),
+        input_ids=torch.from_numpy(np.concatenate(ids)),
         step=step_of_token,
         grid_thw=grid_thw,
         positions=mrope_positions(
