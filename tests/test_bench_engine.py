@@ -53,7 +53,13 @@ def test_each_part_runs_and_its_figures_add_up(run, tmp_path, monkeypatch):
         asked["second_seconds"]["median"] / asked["first_seconds"]["median"], abs=1e-2
     )
     assert asked["met"] == (asked["share"]["median"] <= 0.05 and asked["evidence"]["median"] <= 0.05)
-    assert [(row["seconds"], row["chunk"]) for row in parts["memory"]["rows"]] == [(12, 0.5), (12, 1.0), (120, 1.0)]
+    assert [(row["seconds"], row["chunk"], row["malloc"]) for row in parts["memory"]["rows"]] == [
+        (12, 1.0, "gives back"),
+        (120, 1.0, "gives back"),
+        (12, 0.5, "gives back"),
+        (12, 1.0, "keeps"),
+        (120, 1.0, "keeps"),
+    ]
     answered = parts["first-answer"]
     stages = [answered["seconds"][name]["median"] for name in ("decode", "encode", "prefill")]
     assert answered["over_longest"]["answer"]["median"] == pytest.approx(
