@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count, islice, pairwise
 from typing import TYPE_CHECKING, Literal
@@ -58,25 +58,25 @@ class Watched:
         ids: torch.Tensor,
         *,
         max_new_tokens: int,
-        observer: Observer | None = None,
+        observer: AbstractContextManager[Observer] | None = None,
         cancel: Cancel | None = None,
     ) -> Generator[int]:
         """Yield the answer to the question `ids` `[tokens]`, token by token, as greedy decoding finds it.
 
-        `observer` is that of `rrattention.transformers.observe`. Raises `BudgetError` if question and answer do not
-        fit, `Cancelled` where `cancel` says so, and `RuntimeError` while another answer is unfinished, or if the video
-        is closed.
+        What `observer` gives is one for `rrattention.transformers.observe`; it ends before the answer is rolled back.
+        Raises `BudgetError` if question and answer do not fit, `Cancelled` where `cancel` says so, and `RuntimeError`
+        while another answer is unfinished, or if the video is closed.
         """
         from rrattention.transformers import observe
 
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
-        with self._turn(len(ids), max_new_tokens) as turn:
+        with self._turn(len(ids), max_new_tokens) as turn, observer or nullcontext() as observing:
             for _ in range(max_new_tokens):
                 if cancel:
                     cancel.check()
                 # Only around the model's own pass: what the caller runs between two tokens is not ours to observe.
-                with observe(observer) if observer else nullcontext():
+                with observe(observing) if observing else nullcontext():
                     logits = turn.forward(ids)
                 token = int(logits[-1].argmax())
                 if token in self.checkpoint.stop_ids:

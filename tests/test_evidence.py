@@ -1,6 +1,7 @@
 """Where the model looked, against the attention that transformers itself reports."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -24,9 +25,14 @@ def clip(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(120, width=84, height=56))
 
 
+@pytest.mark.parametrize("attends", [True, False], ids=["attends", "looks-only"])
 @pytest.mark.parametrize("timestamps", [False, True], ids=["one-segment", "timestamps"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_follow_the_attention_that_transformers_reports(tmp_path, clip, family, timestamps):
+def test_weights_follow_the_attention_that_transformers_reports(
+    tmp_path, clip, family, timestamps, attends, monkeypatch
+):
+    monkeypatch.setattr(evidence, "ATTENDS", {"cpu"} if attends else set())
+    monkeypatch.setattr(evidence, "TOGETHER", 4)
     folder = make_checkpoint(tmp_path, family)
     checkpoint = load(folder, attention="full", device="cpu")
     stream = read_frames(budget.plan(checkpoint, clip, fps=2.0, max_frames=768, timestamps=timestamps))
@@ -34,6 +40,7 @@ def test_weights_follow_the_attention_that_transformers_reports(tmp_path, clip, 
     prefix, asked = watched.prefix, checkpoint.question(watched.prefix, QUESTION)
     gaze = Gaze(prefix, asked=len(asked), layers=watched.layers)
     answer = list(watched.generate(asked, max_new_tokens=6, observer=gaze))
+    list(watched.generate(checkpoint.question(prefix, ["And then?"]), max_new_tokens=6))  # overwrites the keys
 
     # The whole conversation at once, in the plainest attention that transformers has.
     plain = MODEL_CLASSES[family].from_pretrained(folder, attn_implementation="eager")
@@ -152,32 +159,46 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("attends", [True, False], ids=["attends", "looks-only"])
-@pytest.mark.parametrize("at_once", [2**24, 400, 1], ids=["at-once", "in-parts", "one-by-one"])
+@pytest.mark.parametrize("together", [None, 16, 3, 1], ids=["attends", "all-later", "three-later", "one-by-one"])
+@pytest.mark.parametrize("at_once", [2**24, 400, 1], ids=["at-once", "in-parts", "row-by-row"])
 @pytest.mark.parametrize("prefix", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix, at_once, attends, monkeypatch):
+def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix, at_once, together, monkeypatch):
     monkeypatch.setattr(evidence, "SCORES", at_once)
-    monkeypatch.setattr(evidence, "ATTENDS", {"cpu"} if attends else set())
+    monkeypatch.setattr(evidence, "ATTENDS", set() if together else {"cpu"})
+    monkeypatch.setattr(evidence, "TOGETHER", together)
     torch.manual_seed(0)
     seen, steps = len(prefix.step), len(prefix.times)
-    key, value = torch.randn(1, 2, seen + 43, 8), torch.randn(1, 2, seen + 43, 8)
+    key, value = torch.randn(1, 2, seen + 64, 8), torch.randn(1, 2, seen + 64, 8)  # with room, as in a cache
     gaze, masses = gaze_at(prefix, asked=37), []
-    for rows, length in ((40, seen + 40), (1, seen + 41), (1, seen + 42), (1, seen + 43)):  # three words were before
-        query = 2 * torch.randn(1, 4, rows, 8)
-        call = (query, key[:, :, :length], value[:, :, :length], 0.5)
-        shares, expected = attention(*call)
-        attended = gaze(0, *call)
-        if attends:
-            torch.testing.assert_close(attended, expected.float(), atol=2e-6, rtol=1e-5)
-        else:
-            assert attended is None
-        shares = shares[:, 3 if rows > 1 else 0 :, :seen]
-        masses.append(torch.stack([shares[..., prefix.step == step].sum(-1) for step in range(steps)], dim=-1))
+    with gaze:
+        for rows, length in ((40, seen + 40), (1, seen + 41), (1, seen + 42), (1, seen + 43)):  # 3 words were before
+            query = 2 * torch.randn(1, 4, rows, 8)
+            call = (query, key[:, :, :length], value[:, :, :length], 0.5)
+            shares, expected = attention(*call)
+            attended = gaze(0, *call)
+            if together:
+                assert attended is None
+            else:
+                torch.testing.assert_close(attended, expected.float(), atol=2e-6, rtol=1e-5)
+            shares = shares[:, 3 if rows > 1 else 0 :, :seen]
+            masses.append(torch.stack([shares[..., prefix.step == step].sum(-1) for step in range(steps)], dim=-1))
 
     expected = (torch.cat(masses, dim=1).amax(1) - masses[0].mean(1)).sum(0)
     expected = (expected - expected.median()).clamp(min=0)
     expected = expected / expected.sum() if steps > 1 else torch.ones(1)
     assert gaze.weights() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_keys_that_were_brought_over_for_one_pass_are_not_held_after_it(monkeypatch):
+    monkeypatch.setattr(evidence, "ATTENDS", set())
+    prefix = prefix_of(steps=4, tokens_each=2)
+    query, key, value = look(prefix, towards=3, strength=1.0)
+    with gaze_at(prefix) as gaze:
+        gaze(0, torch.zeros_like(query), key, value, 1.0)
+        gaze(0, query[:, :, -1:], key, value, 1.0)
+        key.zero_()
+
+    assert gaze.weights() == pytest.approx([0, 0, 0, 1], abs=0.02)
 
 
 def test_the_model_attends_by_the_gaze_where_it_looks_and_writes_the_same(tmp_path, clip, monkeypatch):
@@ -222,7 +243,7 @@ def test_nobody_else_is_observed_between_two_tokens(tmp_path, clip):
     one, other = engine.watch(checkpoint, stream, timestamps=True), engine.watch(checkpoint, stream, timestamps=True)
     calls, foreign = [], []
     first = one.generate(
-        checkpoint.question(one.prefix, QUESTION), max_new_tokens=4, observer=lambda *c: calls.append(c)
+        checkpoint.question(one.prefix, QUESTION), max_new_tokens=4, observer=nullcontext(lambda *c: calls.append(c))
     )
     next(first)
     seen = len(calls)
