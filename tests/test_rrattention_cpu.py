@@ -75,8 +75,13 @@ def dtype_of_steps(request, monkeypatch):
     """Float32 in the usual steps, of which short inputs need only one, and float64 in the smallest possible."""
     if request.param == "large-steps":
         return torch.float32
-    monkeypatch.setattr(cpu, "SCORES_PER_THREAD", 1)
+    smallest_steps(monkeypatch)
     return torch.float64
+
+
+def smallest_steps(monkeypatch):
+    monkeypatch.setattr(cpu, "SCORES_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "COPIED_PER_THREAD", 1)
 
 
 @cache
@@ -225,9 +230,7 @@ def test_tau_one_equals_dense(length):
 
 
 @pytest.mark.parametrize("row", [0, 1, 2], ids=["far-below-zero", "far-above-zero", "one-far-above"])
-@pytest.mark.parametrize("scores_per_thread", [cpu.SCORES_PER_THREAD, 1], ids=["large-steps", "small-steps"])
-def test_scores_of_any_size_give_what_the_reference_gives(row, scores_per_thread, monkeypatch):
-    monkeypatch.setattr(cpu, "SCORES_PER_THREAD", scores_per_thread)
+def test_scores_of_any_size_give_what_the_reference_gives(row, dtype_of_steps):
     q, k, v = SMALL.qkv(torch.float64)
     k += 5
     q[:, :, row::3] += [-50, 50, 0][row]  # scores of -2000 or 2000
@@ -256,7 +259,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_memory_grows_linearly_with_the_length(monkeypatch):
-    monkeypatch.setattr(cpu, "SCORES_PER_THREAD", 1)
+    smallest_steps(monkeypatch)
     largest = []
     for length in (1024, 2048, 4096):
         q, k, v = Case(length, length, heads=2, kv_heads=1, dim=16).qkv()

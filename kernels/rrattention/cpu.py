@@ -2,14 +2,13 @@
 
 What makes it fast, each point measured against its alternatives:
 
-- Query blocks that keep equally many key blocks are one batch, whatever head they belong to: no padding.
-- Scores are kept transposed, [keys, queries]. Both products then have the shape that CPU matrix libraries are fastest
-  at, and the softmax reduces over the leading dimension, which vectorises over queries.
-- A step works on what fits in the caches, and its buffers are made once: fresh memory costs more than the softmax does.
-- Powers of two instead of `exp`, which is several times slower, and relative to the highest score only where they would
-  leave the range of float32 otherwise.
+- Kept blocks are copied to lie side by side, and PyTorch's own fused attention goes over them, for many query blocks at
+  a time: those that keep equally many blocks are one batch, whatever head they belong to, without padding.
+- It takes no mask there. The last block of each list, where one may be needed, and the means of what was left out are
+  attended to apart, and joined by the logsumexps of their scores.
+- A step works on what fits in the caches, and its buffers are made once: fresh memory costs more than copying does.
 
-Half precision is computed in float32: bfloat16 products are faster, but they round the scores.
+Estimates of half precision are made in float32. `attend` multiplies in the inputs' own dtype and sums in float32.
 
 Shapes: B batch, H query heads, K key heads, G = H / K query heads to a key head, L length, D head dim, S stride.
 """
@@ -26,10 +25,12 @@ from torch.nn import functional
 from rrattention.blocks import BlockGrid, BlockSelection
 from rrattention.config import RRConfig, Skipped
 
-SCORES_PER_THREAD = 1 << 18  # of one step: 1 MiB of float32
-STEP_KEYS = 1024  # of one step for each query, at least; fewer would not keep the matrix products busy
+SCORES_PER_THREAD = 1 << 18  # of one step of `estimate`: 1 MiB of float32
+COPIED_PER_THREAD = 1 << 19  # numbers of keys, and as many of values, of one step of `attend`
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x log2 e)
-LARGEST_EXPONENT = 80  # of a sum of powers, either sign: float32 then keeps all that matters, values in it too
+
+# What scaled_dot_product_attention runs on CPUs. It also returns the logsumexp of each query's scores, [B, H, L].
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @torch.no_grad()
@@ -120,30 +121,26 @@ def attend(
     scale: float,
     skipped: Skipped = "dropped",
 ) -> Tensor:
-    """Softmax attention of each query block over its kept blocks, in float32 at least.
+    """Softmax attention of each query block over its kept blocks, as exact as PyTorch's own in the inputs' dtype.
 
     With `skipped="pooled"` the mean key and value of every whole block that is visible and not kept take part, too.
     Returns [B, H, Lq, D] in the dtype of `query`; rows that see no key, padding among them, are zeros.
     """
     grid, size = selection.grid, selection.grid.block_size
-    accumulate = torch.promote_types(query.dtype, torch.float32)
     (batch, heads, _, dim), group = query.shape, query.shape[1] // key.shape[1]
-    room = max(1, _budget() // size**2)  # blocks of one step
-    keys, values = (_key_to_grid(x, grid).to(accumulate).reshape(-1, size, dim) for x in (key, value))
-    mixer = _Mixer(keys, values, room)
-    means = None
+    listed = tuple(_key_to_grid(x, grid).reshape(-1, size * dim) for x in (key, value))  # [B * K * key_blocks, ...]
     if skipped == "pooled":
-        mean_keys, mean_values = (x.mean(dim=1).view(-1, grid.key_blocks, dim) for x in (keys, values))  # [B * K, ...]
+        means = tuple(_means(x.view(-1, size, dim)).view(-1, grid.key_blocks * dim) for x in listed)  # [B * K, ...]
         left_out = selection.left_out().flatten(0, 2)  # [B * H * query_blocks, key_blocks]
 
     # From here on a row is one query block of one head and sequence, and rows that keep equally many blocks are
     # neighbours: [B * H * query_blocks, ...].
-    query_rows = _query_to_grid(query, grid).reshape(-1, size, dim)
+    query_rows = _query_to_grid(query, grid).reshape(-1, 1, size, dim)
     counts, order = selection.counts.flatten().sort(stable=True)
     indices = selection.indices.flatten(0, 2).index_select(0, order)
     last = indices.gather(1, counts[:, None].long().sub(1).clamp(min=0))  # [rows, 1]
-    first_block = order // grid.query_blocks // group * grid.key_blocks  # of the row's key head, among all
-    blocks = indices + first_block.to(torch.int32)[:, None]
+    key_head = order // grid.query_blocks // group  # of the row, among those of all sequences
+    blocks = indices + (key_head * grid.key_blocks).to(torch.int32)[:, None]
 
     # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
     token = torch.arange(size)
@@ -151,98 +148,78 @@ def attend(
     if grid.causal:
         own = grid.query_block()[:, None, :, 0].expand(per_row).flatten()[order, None]
         on_diagonal = (last == own) | (counts == 0)[:, None]  # [rows, 1]
-        hidden = (token[:, None] > token)[None]  # [1, keys of a block, queries of a block]
+        hidden = (token > token[:, None])[None]  # [1, queries of a block, keys of a block]
         if not on_diagonal.all():  # a selection of the caller's own
             hidden = hidden & on_diagonal[:, None]
     else:
         length = grid.length[:, None, None].expand(per_row).flatten()[order, None]
-        hidden = (last * size + token >= length)[:, :, None]  # [rows, keys of a block, 1]
-    bias = keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        hidden = (last * size + token >= length)[:, None]  # [rows, 1, keys of a block]
+    bias = _bias(hidden[:, None], query.dtype)
 
-    out, shifted = torch.zeros_like(query_rows), False
-    for count, part in _batches(counts, room, max(1, STEP_KEYS // size)):
-        queries = query_rows.index_select(0, order[part]).to(accumulate).mT.contiguous()  # [rows, D, block]
-        queries *= scale * LOG2_E
-        listed = queries, blocks[part, :count], bias if len(bias) == 1 else bias[part]
+    room = max(1, COPIED_PER_THREAD * torch.get_num_threads() // (size * dim))  # blocks of one step
+    of_means = math.ceil(grid.key_blocks / size) if skipped == "pooled" else 1  # that have as many numbers as they
+    attender = _Attender(query.new_empty(2, max(room, of_means) * size * dim), dim, scale)
+    out = torch.zeros_like(query_rows)
+    for count, part in _batches(counts, room, of_means):
+        queries = query_rows.index_select(0, order[part])
+        mixed = attender.attend(
+            queries, listed, blocks[part, count - 1 : count], bias if len(bias) == 1 else bias[part]
+        )
+        for columns in blocks[part, : count - 1].split(max(1, room // len(queries)), dim=1) if count > 1 else ():
+            mixed = _joined(mixed, attender.attend(queries, listed, columns))
         if skipped == "pooled":
-            rows = order[part]
-            key_head = rows // grid.query_blocks // group
-            hidden_means = left_out[rows].logical_not_()[:, :, None]
-            means = mean_keys[key_head], mean_values[key_head], hidden_means
-        mixed, total = mixer.mix(*listed, means, shifted=shifted)
-        if not shifted and not total.log2().abs().amax() < LARGEST_EXPONENT:  # NaN and infinity included
-            shifted = True  # and stays so: where one batch needs it, others do
-            mixed, total = mixer.mix(*listed, means, shifted=True)
-        out.index_copy_(0, order[part], mixed.div_(total.mT).to(query.dtype))
+            shown = left_out.index_select(0, order[part])
+            values, weight = attender.attend(
+                queries, means, key_head[part, None], _bias(~shown[:, None, None], query.dtype)
+            )
+            weight += math.log(size)  # of as many keys as a block has
+            mixed = _joined(mixed, (values, weight.masked_fill_(~shown.any(dim=1)[:, None, None], -torch.inf)))
+        out.index_copy_(0, order[part], mixed[0])
     return _shift_rows(out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
 
-class _Mixer:
-    """Keys and values in blocks, [blocks, block, D], and buffers for `room` blocks of them at a time."""
+class _Attender:
+    """Attends to rows of keys and of values that it copies side by side into `buffers`, [2, numbers]."""
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-        (_, self.size, self.dim), self.room = keys.shape, room
-        self.keys, self.values = keys.flatten(1), values.flatten(1)
-        self.key_buffer, self.value_buffer = (self.keys.new_empty(room, self.size * self.dim) for _ in range(2))
-        self.score_buffer = keys.new_empty(room, self.size, self.size)
+    def __init__(self, buffers: Tensor, dim: int, scale: float) -> None:
+        self.buffers, self.dim, self.scale = buffers, dim, scale
 
-    def mix(
-        self,
-        queries: Tensor,
-        blocks: Tensor,
-        bias: Tensor,
-        means: tuple[Tensor, Tensor, Tensor] | None,
-        *,
-        shifted: bool,
+    def attend(
+        self, queries: Tensor, sources: tuple[Tensor, ...], rows: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the sum of 2^score * value over the listed blocks, [rows, block, D], and of 2^score, [rows, 1, block].
+        """Attend from each of `queries` [n, 1, block, D] to the `rows` [n, m] of both sources [..., several keys * D].
 
-        queries [rows, D, block], blocks [rows, n]; `bias` is added to the scores of the last, [block, block] each.
-        `means` are keys and values [rows, n, D] that stand for a block each, and which of them do not, [rows, n, 1].
-        With `shifted`, scores are taken relative to each query's highest: their powers then never leave the range.
+        Returns what comes of it, [n, 1, block, D], and the logsumexp of the scores, [n, 1, block].
         """
-        rows = len(blocks)
-        mixed, total = queries.new_zeros(rows, self.size, self.dim), queries.new_zeros(rows, 1, self.size)
-        peak = torch.full_like(total, -torch.inf)
-        for scores, values in self._steps(queries, blocks, bias, means):
-            if shifted:
-                previous, peak = peak, peak.maximum(scores.amax(dim=1, keepdim=True))
-                fade = (previous - peak).exp2_()
-                mixed, total = mixed.mul_(fade.mT), total.mul_(fade)
-                scores.sub_(peak)
-            total += scores.exp2_().sum(dim=1, keepdim=True)
-            mixed.baddbmm_(scores.mT, values)
-        return mixed, total
-
-    def _steps(
-        self, queries: Tensor, blocks: Tensor, bias: Tensor, means: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield scores, [rows, keys, block], and the values [rows, keys, D] that they weigh; see `mix`."""
-        rows, count = blocks.shape
-        steps = math.ceil(count / max(1, self.room // rows))
-        for step, columns in enumerate(blocks.tensor_split(steps, dim=1)):
-            listed = columns.flatten()
-            keys = torch.index_select(self.keys, 0, listed, out=self.key_buffer[: len(listed)]).view(rows, -1, self.dim)
-            values = torch.index_select(self.values, 0, listed, out=self.value_buffer[: len(listed)]).view_as(keys)
-            scores = self.score_buffer[: len(listed)].view(rows, -1, self.size)
-            torch.bmm(keys, queries, out=scores)
-            if step == steps - 1:
-                scores[:, -self.size :] += bias
-            yield scores, values
-        if means is not None:
-            mean_keys, mean_values, hidden = means
-            scores = torch.bmm(mean_keys, queries).add_(math.log2(self.size))  # of as many keys as a block has
-            yield scores.masked_fill_(hidden, -torch.inf), mean_values
+        copies = []
+        for source, buffer in zip(sources, self.buffers, strict=True):
+            copy = buffer[: rows.numel() * source.shape[1]].view(-1, source.shape[1])
+            copies.append(torch.index_select(source, 0, rows.flatten(), out=copy).view(len(rows), 1, -1, self.dim))
+        out, logsumexp = _fused(queries, *copies, attn_mask=bias, scale=self.scale)
+        return out, logsumexp
 
 
-def _batches(counts: Tensor, room: int, narrow: int) -> Iterator[tuple[int, slice]]:
-    """Yield the runs of equal `counts`, cut so that a step has room for `narrow` blocks of each row, or for all."""
+def _joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, and its logsumexp, from that over each of them. `one` is not empty."""
+    (out, weight), (more, more_weight) = one, other
+    share = (more_weight - weight).sigmoid_().to(out.dtype)
+    return torch.lerp(out, more, share[..., None]), torch.logaddexp(weight, more_weight)
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _means(blocks: Tensor) -> Tensor:
+    return blocks.mean(dim=1, dtype=torch.promote_types(blocks.dtype, torch.float32)).to(blocks.dtype)
+
+
+def _batches(counts: Tensor, room: int, widest: int) -> Iterator[tuple[int, slice]]:
+    """Yield the runs of equal `counts`, cut so that there is room for as many blocks, or `widest`, of each row."""
     start = 0
     for count, rows in zip(*(x.tolist() for x in counts.unique_consecutive(return_counts=True)), strict=True):
         if count:
-            at_once = math.ceil(count / math.ceil(count / narrow))  # blocks of a row, in steps of equal size
-            batch = room // at_once
-            batch = max(batch - batch % torch.get_num_threads(), 1)  # every thread gets equally many matrices
+            batch = max(1, room // max(count, widest))
             yield from ((count, slice(at, min(at + batch, start + rows))) for at in range(start, start + rows, batch))
         start += rows
 
