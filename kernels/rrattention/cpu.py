@@ -3,9 +3,11 @@
 What makes it fast, each point measured against its alternatives:
 
 - Kept blocks are copied to lie side by side, and PyTorch's own fused attention goes over them, for many query blocks at
-  a time: those that keep equally many blocks are one batch, whatever head they belong to, without padding.
+  a time: lists of equal length are one batch, whatever head they belong to, without padding.
+- What two neighbouring query blocks both keep is copied once for the two: where more queries see the same keys, that
+  attention makes more of the processor.
 - It takes no mask there. The last block of each list, where one may be needed, and the means of what was left out are
-  attended to apart, and joined by the logsumexps of their scores.
+  attended to apart. All these parts are joined by the logsumexps of their scores.
 - A step works on what fits in the caches, and its buffers are made once: fresh memory costs more than copying does.
 
 Estimates of half precision are made in float32. `attend` multiplies in the inputs' own dtype and sums in float32.
@@ -128,82 +130,97 @@ def attend(
     """
     grid, size = selection.grid, selection.grid.block_size
     (batch, heads, _, dim), group = query.shape, query.shape[1] // key.shape[1]
-    listed = tuple(_key_to_grid(x, grid).reshape(-1, size * dim) for x in (key, value))  # [B * K * key_blocks, ...]
-    if skipped == "pooled":
-        means = tuple(_means(x.view(-1, size, dim)).view(-1, grid.key_blocks * dim) for x in listed)  # [B * K, ...]
-        left_out = selection.left_out().flatten(0, 2)  # [B * H * query_blocks, key_blocks]
+    blocks = tuple(_key_to_grid(x, grid).reshape(-1, size * dim) for x in (key, value))  # [B * K * key_blocks, ...]
 
-    # From here on a row is one query block of one head and sequence, and rows that keep equally many blocks are
-    # neighbours: [B * H * query_blocks, ...].
-    query_rows = _query_to_grid(query, grid).reshape(-1, 1, size, dim)
-    counts, order = selection.counts.flatten().sort(stable=True)
-    indices = selection.indices.flatten(0, 2).index_select(0, order)
-    last = indices.gather(1, counts[:, None].long().sub(1).clamp(min=0))  # [rows, 1]
-    key_head = order // grid.query_blocks // group  # of the row, among those of all sequences
-    blocks = indices + (key_head * grid.key_blocks).to(torch.int32)[:, None]
+    # From here on a row is one query block of one head and sequence, [B * H * query_blocks, ...].
+    per_row = (batch, heads, grid.query_blocks)
+    counts = selection.counts.flatten()
+    key_head = torch.arange(len(counts)) // grid.query_blocks // group  # among those of all sequences
+    first_block = (key_head * grid.key_blocks)[:, None]
+    empty = (counts == 0)[:, None]
+    last = selection.indices.flatten(0, 2).gather(1, (counts[:, None].long() - 1).clamp(min=0))
+    last = last.long().masked_fill_(empty, 0)  # [rows, 1]
 
     # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
     token = torch.arange(size)
-    per_row = (batch, heads, grid.query_blocks)
     if grid.causal:
-        own = grid.query_block()[:, None, :, 0].expand(per_row).flatten()[order, None]
-        on_diagonal = (last == own) | (counts == 0)[:, None]  # [rows, 1]
+        own = grid.query_block()[:, None, :, 0].expand(per_row).flatten()[:, None]
+        on_diagonal = (last == own) | empty  # [rows, 1]
         hidden = (token > token[:, None])[None]  # [1, queries of a block, keys of a block]
         if not on_diagonal.all():  # a selection of the caller's own
             hidden = hidden & on_diagonal[:, None]
     else:
-        length = grid.length[:, None, None].expand(per_row).flatten()[order, None]
+        length = grid.length[:, None, None].expand(per_row).flatten()[:, None]
         hidden = (last * size + token >= length)[:, None]  # [rows, 1, keys of a block]
-    bias = _bias(hidden[:, None], query.dtype)
+    bias = _bias(hidden, query.dtype).expand(len(counts), -1, -1)
 
     room = max(1, COPIED_PER_THREAD * torch.get_num_threads() // (size * dim))  # blocks of one step
-    of_means = math.ceil(grid.key_blocks / size) if skipped == "pooled" else 1  # that have as many numbers as they
-    attender = _Attender(query.new_empty(2, max(room, of_means) * size * dim), dim, scale)
-    out = torch.zeros_like(query_rows)
-    for count, part in _batches(counts, room, of_means):
-        queries = query_rows.index_select(0, order[part])
-        mixed = attender.attend(
-            queries, listed, blocks[part, count - 1 : count], bias if len(bias) == 1 else bias[part]
-        )
-        for columns in blocks[part, : count - 1].split(max(1, room // len(queries)), dim=1) if count > 1 else ():
-            mixed = _joined(mixed, attender.attend(queries, listed, columns))
-        if skipped == "pooled":
-            shown = left_out.index_select(0, order[part])
-            values, weight = attender.attend(
-                queries, means, key_head[part, None], _bias(~shown[:, None, None], query.dtype)
-            )
-            weight += math.log(size)  # of as many keys as a block has
-            mixed = _joined(mixed, (values, weight.masked_fill_(~shown.any(dim=1)[:, None, None], -torch.inf)))
-        out.index_copy_(0, order[part], mixed[0])
-    return _shift_rows(out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
+    room_of_means = max(1, room * size // grid.key_blocks)  # rows of one step
+    mixer = _Mixer(_query_to_grid(query, grid).reshape(-1, size, dim), scale, max(room * size, grid.key_blocks))
+    for rows in counts.nonzero()[:, 0].split(room):
+        mixer.mix(rows[:, None], blocks, first_block[rows] + last[rows], bias=bias[rows])
+    if skipped == "pooled":
+        means = tuple(_means(x.view(-1, size, dim)).view(-1, grid.key_blocks * dim) for x in blocks)  # [B * K, ...]
+        left_out = selection.left_out().flatten(0, 2)  # [rows, key_blocks]
+        for rows in (left_out.any(dim=1) & (counts > 0)).nonzero()[:, 0].split(room_of_means):
+            hidden = ~left_out[rows, None]
+            mixer.mix(rows[:, None], means, key_head[rows, None], bias=_bias(hidden, query.dtype), stands_for=size)
+
+    kept = selection.mask().flatten(0, 2).scatter_(1, last, False)  # [rows, key_blocks]
+    alone = torch.arange(len(counts))[:, None]
+    pairs = alone.view(-1, grid.query_blocks)[:, : grid.query_blocks // 2 * 2].reshape(-1, 2)
+    shared = kept[pairs].all(dim=1)
+    kept[pairs.flatten()] &= ~shared.repeat_interleave(2, dim=0)
+    for rows_of, lists in ((pairs, shared), (alone, kept)):
+        for part, columns in _batches(lists, room):
+            rows = rows_of[part]
+            mixer.mix(rows, blocks, first_block[rows[:, 0]] + columns)
+    return _shift_rows(mixer.out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
 
-class _Attender:
-    """Attends to rows of keys and of values that it copies side by side into `buffers`, [2, numbers]."""
+class _Mixer:
+    """The attention of `queries` [rows, block, D] over all keys that were mixed in so far: `out`, of the same shape.
 
-    def __init__(self, buffers: Tensor, dim: int, scale: float) -> None:
-        self.buffers, self.dim, self.scale = buffers, dim, scale
+    Rows that nothing was mixed into are zeros. There is room to copy so many keys, and their values, at a time.
+    """
 
-    def attend(
-        self, queries: Tensor, sources: tuple[Tensor, ...], rows: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Attend from each of `queries` [n, 1, block, D] to the `rows` [n, m] of both sources [..., several keys * D].
+    def __init__(self, queries: Tensor, scale: float, room: int) -> None:
+        self.queries, self.scale = queries, scale
+        self.buffers = queries.new_empty(2, room * queries.shape[2])
+        self.out = torch.zeros_like(queries)
+        accumulate = torch.promote_types(queries.dtype, torch.float32)
+        self.logsumexp = torch.full(queries.shape[:2], -torch.inf, dtype=accumulate)  # of the scores of those keys
 
-        Returns what comes of it, [n, 1, block, D], and the logsumexp of the scores, [n, 1, block].
+    def mix(
+        self,
+        rows: Tensor,
+        sources: tuple[Tensor, ...],
+        listed: Tensor,
+        *,
+        bias: Tensor | None = None,
+        stands_for: int = 1,
+    ) -> None:
+        """Let the query `rows` [n, g] attend to more keys, g rows to the same.
+
+        The keys and values are those of `listed` [n, m] among `sources`, [..., several * D] both; `bias`, [n, block or
+        1, keys], is added to the scores. Each key stands for so many that are alike.
         """
-        copies = []
+        n, (_, size, dim) = len(rows), self.queries.shape
+        if not n:
+            return
+        flat = rows.flatten()
+        queries = self.queries.index_select(0, flat).view(n, 1, -1, dim)
+        keys_values = []
         for source, buffer in zip(sources, self.buffers, strict=True):
-            copy = buffer[: rows.numel() * source.shape[1]].view(-1, source.shape[1])
-            copies.append(torch.index_select(source, 0, rows.flatten(), out=copy).view(len(rows), 1, -1, self.dim))
-        out, logsumexp = _fused(queries, *copies, attn_mask=bias, scale=self.scale)
-        return out, logsumexp
-
-
-def _joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys, and its logsumexp, from that over each of them. `one` is not empty."""
-    (out, weight), (more, more_weight) = one, other
-    share = (more_weight - weight).sigmoid_().to(out.dtype)
-    return torch.lerp(out, more, share[..., None]), torch.logaddexp(weight, more_weight)
+            copy = buffer[: listed.numel() * source.shape[1]].view(-1, source.shape[1])
+            keys_values.append(torch.index_select(source, 0, listed.flatten(), out=copy).view(n, 1, -1, dim))
+        mask = None if bias is None else bias[:, None]
+        more, logsumexp = (x.flatten(0, 1) for x in _fused(queries, *keys_values, attn_mask=mask, scale=self.scale))
+        more, logsumexp = more.view(-1, size, dim), logsumexp.view(-1, size) + math.log(stands_for)
+        before = self.logsumexp.index_select(0, flat)
+        share = (logsumexp - before).sigmoid_().to(more.dtype)
+        self.out.index_copy_(0, flat, self.out.index_select(0, flat).lerp_(more, share[..., None]))
+        self.logsumexp.index_copy_(0, flat, torch.logaddexp(before, logsumexp))
 
 
 def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,14 +231,17 @@ def _means(blocks: Tensor) -> Tensor:
     return blocks.mean(dim=1, dtype=torch.promote_types(blocks.dtype, torch.float32)).to(blocks.dtype)
 
 
-def _batches(counts: Tensor, room: int, widest: int) -> Iterator[tuple[int, slice]]:
-    """Yield the runs of equal `counts`, cut so that there is room for as many blocks, or `widest`, of each row."""
-    start = 0
-    for count, rows in zip(*(x.tolist() for x in counts.unique_consecutive(return_counts=True)), strict=True):
-        if count:
-            batch = max(1, room // max(count, widest))
-            yield from ((count, slice(at, min(at + batch, start + rows))) for at in range(start, start + rows, batch))
-        start += rows
+def _batches(kept: Tensor, room: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield which lists of `kept` [lists, blocks] are equally long, [n], and blocks of each, [n, m]: a step each."""
+    blocks, counts = kept.nonzero()[:, 1], kept.sum(dim=1)
+    starts = counts.cumsum(dim=0) - counts
+    lengths, order = counts.sort(stable=True)
+    lengths, many = lengths.unique_consecutive(return_counts=True)
+    for length, lists in zip(lengths.tolist(), order.split(many.tolist()), strict=True):
+        if length:
+            for part in lists.split(max(1, room // length)):
+                listed = blocks[starts[part, None] + torch.arange(length)]
+                yield from ((part, some) for some in listed.split(room, dim=1))
 
 
 def _budget() -> int:
