@@ -14,7 +14,7 @@ Counted = Literal["all", "choice"]
 Skipped = Literal["dropped", "pooled"]
 
 # Tokens from which on sparse prefill wins, measured with benchmarks/prefill.py: see README.md.
-MIN_TOKENS = {"cpu": 2560, "cuda": 8192}
+MIN_TOKENS = {"cpu": 6144, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
