@@ -30,6 +30,7 @@ def context(chromium):
     """One profile for all pages, which spares them loading the same scripts; each page is a person of its own."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     context.set_default_timeout(WAIT)
+    pytest.importorskip("playwright.sync_api").expect.set_options(timeout=WAIT)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     yield context
     context.close()

@@ -26,7 +26,7 @@ from rrvideo import engine
 from rrvideo.cli import SAMPLE
 from rrvideo.tiny.sample import sample_world
 
-pytest.importorskip("playwright")
+expect = pytest.importorskip("playwright.sync_api").expect
 pytest_plugins = ["browsing"]
 FIRST, LAST = (sample_world().scenes[number].name for number in (0, -1))
 
@@ -147,18 +147,18 @@ def test_questions_are_edited_asked_again_taken_back_and_forgotten(page):
     field.fill("What appears last?")
     page.get_by_role("button", name="Submit").click()
     page.wait_for_function(f"document.querySelector('#chat .bot-row')?.innerText.includes('{LAST}')")
-    assert page.locator("#chat .user-row").count() == 1  # what came after the edited question is gone
+    expect(page.locator("#chat .user-row")).to_have_count(1)  # what came after the edited question is gone
 
     page.get_by_role("radio", name="Full attention").check()
     page.wait_for_selector("#watch:not([disabled])")
     page.get_by_role("button", name="Retry").click()
     page.wait_for_selector("#chat .figures :text('full attention')")
-    assert page.get_by_role("slider", name="Tau").is_disabled()
+    expect(page.get_by_role("slider", name="Tau")).to_be_disabled()
     page.get_by_role("radio", name="RRAttention").check()
 
     page.get_by_role("button", name="Undo").click()
     page.wait_for_function("!document.querySelector('#chat .bot-row')")
-    assert page.input_value("#question textarea") == "What appears last?"
+    expect(page.locator("#question textarea")).to_have_value("What appears last?")
 
 
 def test_what_is_written_in_a_chat_is_shown_as_it_is(page):
