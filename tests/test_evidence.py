@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint
 from clips import numbered_frames, write_video
+from conftest import HAS_GPU
 
 from rrattention import transformers
 from rrattention.transformers import observe
@@ -25,16 +26,31 @@ def clip(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(120, width=84, height=56))
 
 
-@pytest.mark.parametrize("attends", [True, False], ids=["attends", "looks-only"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def looking_device(request, monkeypatch):
+    """Where the kernel looks: it is interpreted, or runs on a GPU."""
+    pytest.importorskip("triton")
+    if request.param == "cpu" and HAS_GPU:
+        pytest.skip("kernels run on the GPU here")
+    monkeypatch.setattr(evidence, "_has_kernel", lambda *_: True)
+    return request.param
+
+
 @pytest.mark.parametrize("timestamps", [False, True], ids=["one-segment", "timestamps"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_follow_the_attention_that_transformers_reports(
-    tmp_path, clip, family, timestamps, attends, monkeypatch
-):
-    monkeypatch.setattr(evidence, "ATTENDS", {"cpu"} if attends else set())
+def test_weights_follow_the_attention_that_transformers_reports(tmp_path, clip, family, timestamps):
+    assert_as_transformers_reports(tmp_path, clip, family, "cpu", timestamps=timestamps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_do_the_weights_of_a_gaze_that_only_looks(tmp_path, clip, family, looking_device, monkeypatch):
     monkeypatch.setattr(evidence, "TOGETHER", 4)
+    assert_as_transformers_reports(tmp_path, clip, family, looking_device, timestamps=True)
+
+
+def assert_as_transformers_reports(tmp_path, clip, family, device, *, timestamps):
     folder = make_checkpoint(tmp_path, family)
-    checkpoint = load(folder, attention="full", device="cpu")
+    checkpoint = load(folder, attention="full", device=device, dtype="float32")
     stream = read_frames(budget.plan(checkpoint, clip, fps=2.0, max_frames=768, timestamps=timestamps))
     watched = engine.watch(checkpoint, stream, timestamps=timestamps)
     prefix, asked = watched.prefix, checkpoint.question(watched.prefix, QUESTION)
@@ -71,7 +87,8 @@ def test_weights_follow_the_attention_that_transformers_reports(
 
     assert len(answer) == 6
     assert len(prefix.times) == 5
-    np.testing.assert_allclose(gaze.weights(), expected / expected.sum(), atol=1e-4)
+    atol = 1e-4 if device == "cpu" else 2e-2  # GPUs multiply in TF32
+    np.testing.assert_allclose(gaze.weights(), expected / expected.sum(), atol=atol)
 
 
 def prefix_of(steps, tokens_each):
@@ -144,7 +161,8 @@ def steps_at(*starts, tokens_each, length):
 
 def attention(query, key, value, scaling):
     """What each query gives to each key, `[H, Lq, Lk]`, and what comes of it, `[1, H, Lq, D]`; in float64."""
-    group, hidden = query.shape[1] // key.shape[1], torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+    group = query.shape[1] // key.shape[1]
+    hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
     keys, values = (each[0].double().repeat_interleave(group, dim=0) for each in (key, value))
     scores = scaling * query[0].double() @ keys.mT
     shares = scores.masked_fill(hidden.triu(key.shape[2] - query.shape[2] + 1), -torch.inf).softmax(-1)
@@ -159,24 +177,19 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("together", [None, 16, 3, 1], ids=["attends", "all-later", "three-later", "one-by-one"])
-@pytest.mark.parametrize("at_once", [2**24, 400, 1], ids=["at-once", "in-parts", "row-by-row"])
-@pytest.mark.parametrize("prefix", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix, at_once, together, monkeypatch):
-    monkeypatch.setattr(evidence, "SCORES", at_once)
-    monkeypatch.setattr(evidence, "ATTENDS", set() if together else {"cpu"})
-    monkeypatch.setattr(evidence, "TOGETHER", together)
+def assert_equals_float64(prefix, device, *, looks):
+    """A gaze weighs as sums over attention do; unless it only looks, it attends like that attention, too."""
     torch.manual_seed(0)
     seen, steps = len(prefix.step), len(prefix.times)
-    key, value = torch.randn(1, 2, seen + 64, 8), torch.randn(1, 2, seen + 64, 8)  # with room, as in a cache
+    key, value = torch.randn(2, 1, 2, seen + 64, 8, device=device)  # with room, as in a cache
     gaze, masses = gaze_at(prefix, asked=37), []
     with gaze:
         for rows, length in ((40, seen + 40), (1, seen + 41), (1, seen + 42), (1, seen + 43)):  # 3 words were before
-            query = 2 * torch.randn(1, 4, rows, 8)
+            query = 2 * torch.randn(1, 4, rows, 8, device=device)
             call = (query, key[:, :, :length], value[:, :, :length], 0.5)
-            shares, expected = attention(*call)
+            shares, expected = (each.cpu() for each in attention(*call))
             attended = gaze(0, *call)
-            if together:
+            if looks:
                 assert attended is None
             else:
                 torch.testing.assert_close(attended, expected.float(), atol=2e-6, rtol=1e-5)
@@ -186,13 +199,26 @@ def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix
     expected = (torch.cat(masses, dim=1).amax(1) - masses[0].mean(1)).sum(0)
     expected = (expected - expected.median()).clamp(min=0)
     expected = expected / expected.sum() if steps > 1 else torch.ones(1)
-    assert gaze.weights() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert gaze.weights() == pytest.approx(expected.tolist(), abs=1e-5 if device == "cpu" else 1e-2)
 
 
-def test_keys_that_were_brought_over_for_one_pass_are_not_held_after_it(monkeypatch):
-    monkeypatch.setattr(evidence, "ATTENDS", set())
+@pytest.mark.parametrize("at_once", [2**24, 400, 1], ids=["at-once", "in-parts", "row-by-row"])
+@pytest.mark.parametrize("prefix", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix, at_once, monkeypatch):
+    monkeypatch.setattr(evidence, "SCORES", at_once)
+    assert_equals_float64(prefix, "cpu", looks=False)
+
+
+@pytest.mark.parametrize("together", [16, 3, 1], ids=["all-later", "three-later", "one-by-one"])
+@pytest.mark.parametrize("prefix", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_gaze_that_only_looks_equals_sums_over_attention_in_float64(prefix, together, looking_device, monkeypatch):
+    monkeypatch.setattr(evidence, "TOGETHER", together)
+    assert_equals_float64(prefix, looking_device, looks=True)
+
+
+def test_keys_that_were_brought_over_for_one_pass_are_not_held_after_it(looking_device):
     prefix = prefix_of(steps=4, tokens_each=2)
-    query, key, value = look(prefix, towards=3, strength=1.0)
+    query, key, value = (each.to(looking_device) for each in look(prefix, towards=3, strength=1.0))
     with gaze_at(prefix) as gaze:
         gaze(0, torch.zeros_like(query), key, value, 1.0)
         gaze(0, query[:, :, -1:], key, value, 1.0)

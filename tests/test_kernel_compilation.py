@@ -19,7 +19,7 @@ def named(case):
 
 def test_every_kernel_compiles_for_every_architecture(compiled):
     kernels = {(case["kernel"], case["arch"]) for case in compiled}
-    everywhere = ("pool", "estimate", "select", "attend", "means")
+    everywhere = ("pool", "estimate", "select", "attend", "means", "segments")
     assert kernels == {(kernel, arch) for kernel in everywhere for arch in ARCHITECTURES} | {("hopper", 90)}
 
 

@@ -33,8 +33,10 @@ CANDIDATES = {
     "select": ((1,), (512, 1024, 2048, 4096), (2, 4, 8), (1,)),
     "attend": ((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)),
     "means": ((64, 128), (16, 32, 64), (4, 8), (1, 2, 3)),
+    "segments": ((16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
 }
 DENSITY = 0.3  # of the lists that "attend" is timed with
+QUESTION, STEP = 30, 180  # tokens of the queries and of the segments that "segments" is timed with
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ def calls(arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     from rrattention.triton import launch
     from rrattention.triton.means import add_means
     from rrattention.triton.pool import pool
+    from rrattention.triton.segments import segment_logsumexp
 
     launch.GLUON_VERSIONS = ()  # "attend" means the Triton kernel here
 
@@ -68,6 +71,7 @@ def calls(arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     kept = (torch.rand_like(scores) < DENSITY) | grid.mandatory()[:, None]
     selection = BlockSelection.from_mask(kept & grid.visible()[:, None], grid)
     attended = stages.attend(query, key, value, selection, scale=scale)
+    starts = torch.arange(0, arguments.length, STEP, dtype=torch.int32, device="cuda")
     log_sums = torch.full(query.shape[:3], 3.0, device="cuda")  # as if each query had given away some weight
 
     def means() -> Tensor:
@@ -81,6 +85,7 @@ def calls(arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
         "estimate": lambda: stages.estimate(query, key, grid, stride=config.stride, scale=scale),
         "select": lambda: stages.select(scores, grid, config).counts,
         "attend": lambda: stages.attend(query, key, value, selection, scale=scale),
+        "segments": lambda: segment_logsumexp(query[0, :, -QUESTION:], key[0], starts, scale=scale),
     }
 
 

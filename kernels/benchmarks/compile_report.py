@@ -33,7 +33,7 @@ from rrattention.triton.launch import DTYPES, TABLE, Launch, key_for
 # Each architecture with its line of the launch table and the KB of shared memory that a program may have there.
 ARCHITECTURES = {80: (80, 163), 89: (86, 99), 90: (90, 227), 100: (100, 227), 120: (120, 99)}
 CHOICES = {
-    "kernel": ("pool", "estimate", "select", "attend", "means", "hopper"),
+    "kernel": ("pool", "estimate", "select", "attend", "means", "segments", "hopper"),
     "arch": tuple(ARCHITECTURES),
     "dtype": tuple(DTYPES.values()),
     "head_dim": (64, 80, 96, 128, 256),
@@ -45,6 +45,7 @@ INDIFFERENT = {
     "select": ("dtype", "head_dim", "stride"),
     "attend": ("stride",),
     "means": ("stride",),
+    "segments": ("block_size", "stride"),
     "hopper": ("block_size", "stride"),
 }
 DEFAULTS = {"dtype": "fp32", "head_dim": 128, "block_size": 128, "stride": 8}

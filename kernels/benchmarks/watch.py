@@ -2,6 +2,7 @@
 
     python kernels/benchmarks/watch.py --shape 7b --tokens 131072 --tau .95 .3
     python kernels/benchmarks/watch.py --shape 2b --video FILE --frames 900 --tau .5    how well a file's stages overlap
+    python kernels/benchmarks/watch.py --shape 2b --tokens 113400 --answers 1 2 4 8 32    what evidence costs
 
 Everything runs that runs when a video is watched, but for the decoder. Random weights attend to everything alike: tau
 is then about the density that they get, and nothing is said of a trained model's. Times are medians over runs by turns,
@@ -36,6 +37,11 @@ COLUMNS = {
     **{"way": "s", "tau": "g", "density": ".3f", "seconds": ".2f", "low": ".2f", "high": ".2f"},
     **{"encode": ".2f", "prefill": ".2f", "prefill speedup": ".2f", "peak GB": ".2f", "KV GB": ".2f"},
 }
+EVIDENCE_COLUMNS = {
+    **{"answer": "d", "seconds": ".4f", "with evidence": ".4f"},
+    **{"share": ".1%", "low": ".1%", "high": ".1%"},
+}
+QUESTION = 30  # tokens
 
 
 def main() -> int:
@@ -49,6 +55,13 @@ def main() -> int:
         "--video", type=Path, metavar="FILE", help="watched in place of generated frames, decoder and all"
     )
     parser.add_argument("--frames", type=int, default=768, help="of --video, evenly spread (default: 768)")
+    parser.add_argument(
+        "--answers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="time the evidence of answers so long, in tokens",
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--device", type=torch.device, default=default_device())
@@ -61,6 +74,11 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     for tokens in arguments.tokens:
+        if arguments.answers:
+            found = time_evidence(checkpoint, tokens, arguments)
+            print(f"{tokens:,} visual tokens, a question of {QUESTION}\n{table(found, EVIDENCE_COLUMNS)}", flush=True)
+            rows += [row | {"visual tokens": tokens} for row in found]
+            continue
         found = time_watching(checkpoint, tokens, arguments)
         print(f"{found[0]['visual tokens']:,.0f} visual tokens\n{table(found, COLUMNS)}", flush=True)
         rows += found
@@ -123,6 +141,38 @@ def time_watching(checkpoint: Any, tokens: int, arguments: argparse.Namespace) -
         row |= {"way": attention, "tau": config.tau if attention == "rr" else None}
         rows.append(row | {"low": min(seconds), "high": max(seconds), "runs": len(timed)})
     return [row | {"prefill speedup": rows[0]["prefill"] / row["prefill"]} for row in rows]
+
+
+def time_evidence(checkpoint: Any, tokens: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each length of answer: what share of its time finding its evidence takes."""
+    from rrattention.transformers import enable
+    from rrvideo import engine
+    from rrvideo.evidence import Gaze, intervals
+
+    enable(checkpoint.model, RRConfig(tau=arguments.tau[0]))
+    watched = engine.watch(checkpoint, Frames(tokens), timestamps=True)
+    ids = torch.randint(300, (QUESTION,), generator=torch.Generator().manual_seed(0))
+
+    def ask(length: int, *, looks: bool) -> float:
+        started = time.perf_counter()
+        gaze = Gaze(watched.prefix, asked=len(ids), layers=watched.layers) if looks else None
+        answer = list(watched.generate(ids, max_new_tokens=length, observer=gaze))
+        if gaze:
+            intervals(gaze.weights(), watched.prefix.times, watched.prefix.times[-1] + 1)
+        synchronize(arguments.device)
+        if len(answer) != length:
+            raise RuntimeError(f"the answer ended after {len(answer)} tokens")
+        return time.perf_counter() - started
+
+    rows = []
+    for length in arguments.answers:
+        turns = [(ask(length, looks=False), ask(length, looks=True)) for _ in range(2 + arguments.repeats)][2:]
+        shares = [1 - without / seconds for without, seconds in turns]
+        without, seconds = (statistics.median(column) for column in zip(*turns, strict=True))
+        row = {"answer": length, "seconds": without, "with evidence": seconds, "share": statistics.median(shares)}
+        rows.append(row | {"low": min(shares), "high": max(shares), "runs": len(turns)})
+    watched.close()
+    return rows
 
 
 def build_checkpoint(shape: str, device: torch.device) -> Any:

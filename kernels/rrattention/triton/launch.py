@@ -77,6 +77,8 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("means", 256, 16): Launch(64, 32, 8, 2),
         ("means", 128, 32): Launch(16, 32, 8, 2),
         ("means", 256, 32): Launch(16, 16, 8, 2),
+        ("segments", 256, 16): Launch(64, 64, 4, 2),
+        ("segments", 256, 32): Launch(64, 32, 8, 2),
     },
     86: {
         ("pool", 256, 16): Launch(32, 1, 4, 1),
@@ -98,6 +100,8 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("means", 256, 16): Launch(64, 32, 8, 2),
         ("means", 128, 32): Launch(16, 32, 8, 2),
         ("means", 256, 32): Launch(16, 16, 8, 2),
+        ("segments", 256, 16): Launch(64, 64, 4, 2),
+        ("segments", 256, 32): Launch(64, 32, 8, 2),
     },
     90: {
         ("pool", 256, 16): Launch(32, 1, 4, 1),
@@ -121,6 +125,8 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("means", 256, 32): Launch(16, 16, 8, 2),
         ("hopper", 64, 16): Launch(128, 128, 4, 4),  # in place of "attend"; warps of each of two groups
         ("hopper", 128, 16): Launch(128, 128, 4, 2),
+        ("segments", 256, 16): Launch(64, 64, 4, 2),
+        ("segments", 256, 32): Launch(64, 32, 8, 2),
     },
     100: {
         ("pool", 256, 16): Launch(32, 1, 4, 1),
@@ -142,6 +148,8 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("means", 256, 16): Launch(64, 32, 8, 2),
         ("means", 128, 32): Launch(16, 32, 8, 2),
         ("means", 256, 32): Launch(16, 16, 8, 2),
+        ("segments", 256, 16): Launch(64, 64, 4, 2),
+        ("segments", 256, 32): Launch(64, 32, 8, 2),
     },
     120: {
         ("pool", 256, 16): Launch(32, 1, 4, 1),
@@ -163,6 +171,8 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("means", 256, 16): Launch(64, 32, 8, 2),
         ("means", 128, 32): Launch(16, 32, 8, 2),
         ("means", 256, 32): Launch(16, 16, 8, 2),
+        ("segments", 256, 16): Launch(64, 64, 4, 2),
+        ("segments", 256, 32): Launch(64, 32, 8, 2),
     },
 }
 
