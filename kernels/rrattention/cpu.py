@@ -28,7 +28,7 @@ from rrattention.blocks import BlockGrid, BlockSelection
 from rrattention.config import RRConfig, Skipped
 
 SCORES_PER_THREAD = 1 << 18  # of one step of `estimate`: 1 MiB of float32
-COPIED_PER_THREAD = 1 << 19  # numbers of keys, and as many of values, of one step of `attend`
+COPIED_PER_THREAD = 1 << 18  # numbers of keys, and as many of values, of one step of `attend`
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x log2 e)
 
 # What scaled_dot_product_attention runs on CPUs. It also returns the logsumexp of each query's scores, [B, H, L].
@@ -137,34 +137,34 @@ def attend(
     counts = selection.counts.flatten()
     key_head = torch.arange(len(counts)) // grid.query_blocks // group  # among those of all sequences
     first_block = (key_head * grid.key_blocks)[:, None]
-    empty = (counts == 0)[:, None]
     last = selection.indices.flatten(0, 2).gather(1, (counts[:, None].long() - 1).clamp(min=0))
-    last = last.long().masked_fill_(empty, 0)  # [rows, 1]
-
-    # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
-    token = torch.arange(size)
-    if grid.causal:
-        own = grid.query_block()[:, None, :, 0].expand(per_row).flatten()[:, None]
-        on_diagonal = (last == own) | empty  # [rows, 1]
-        hidden = (token > token[:, None])[None]  # [1, queries of a block, keys of a block]
-        if not on_diagonal.all():  # a selection of the caller's own
-            hidden = hidden & on_diagonal[:, None]
-    else:
-        length = grid.length[:, None, None].expand(per_row).flatten()[:, None]
-        hidden = (last * size + token >= length)[:, None]  # [rows, 1, keys of a block]
-    bias = _bias(hidden, query.dtype).expand(len(counts), -1, -1)
+    last = last.long().masked_fill_((counts == 0)[:, None], 0)  # [rows, 1]
 
     room = max(1, COPIED_PER_THREAD * torch.get_num_threads() // (size * dim))  # blocks of one step
-    room_of_means = max(1, room * size // grid.key_blocks)  # rows of one step
-    mixer = _Mixer(_query_to_grid(query, grid).reshape(-1, size, dim), scale, max(room * size, grid.key_blocks))
-    for rows in counts.nonzero()[:, 0].split(room):
-        mixer.mix(rows[:, None], blocks, first_block[rows] + last[rows], bias=bias[rows])
+    mixer = _Mixer(_query_to_grid(query, grid).reshape(-1, size, dim), scale, room * size)
+
+    # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
+    if grid.causal:
+        own = grid.query_block()[:, None, :, 0].expand(per_row).flatten()
+        on_diagonal = last[:, 0] == own  # but in a selection of the caller's own
+        for causal, chosen in ((True, on_diagonal), (False, ~on_diagonal)):
+            for rows in (chosen & (counts > 0)).nonzero()[:, 0].split(room):
+                mixer.mix(rows[:, None], *mixer.beside(blocks, first_block[rows] + last[rows]), causal=causal)
+    else:
+        length = grid.length[:, None, None].expand(per_row).flatten()[:, None]
+        beyond = last * size + torch.arange(size) >= length  # [rows, keys of a block]
+        for rows in counts.nonzero()[:, 0].split(room):
+            copies = mixer.beside(blocks, first_block[rows] + last[rows])
+            mixer.mix(rows[:, None], *copies, hidden=beyond[rows])
     if skipped == "pooled":
-        means = tuple(_means(x.view(-1, size, dim)).view(-1, grid.key_blocks * dim) for x in blocks)  # [B * K, ...]
+        means = tuple(_means(x.view(-1, grid.key_blocks, size, dim)) for x in blocks)  # [B * K, key_blocks, D]
         left_out = selection.left_out().flatten(0, 2)  # [rows, key_blocks]
-        for rows in (left_out.any(dim=1) & (counts > 0)).nonzero()[:, 0].split(room_of_means):
-            hidden = ~left_out[rows, None]
-            mixer.mix(rows[:, None], means, key_head[rows, None], bias=_bias(hidden, query.dtype), stands_for=size)
+        some = left_out.any(dim=1) & (counts > 0)
+        for head in key_head[some].unique().tolist():
+            for rows in (some & (key_head == head)).nonzero()[:, 0].split(room):
+                reach = int(left_out[rows].any(dim=0).nonzero()[-1]) + 1
+                seen = (x[head, None, :reach].expand(len(rows), -1, -1) for x in means)
+                mixer.mix(rows[:, None], *seen, hidden=~left_out[rows, :reach], stands_for=size)
 
     kept = selection.mask().flatten(0, 2).scatter_(1, last, False)  # [rows, key_blocks]
     alone = torch.arange(len(counts))[:, None]
@@ -174,7 +174,7 @@ def attend(
     for rows_of, lists in ((pairs, shared), (alone, kept)):
         for part, columns in _batches(lists, room):
             rows = rows_of[part]
-            mixer.mix(rows, blocks, first_block[rows[:, 0]] + columns)
+            mixer.mix(rows, *mixer.beside(blocks, first_block[rows[:, 0]] + columns))
     return _shift_rows(mixer.out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
 
@@ -191,44 +191,55 @@ class _Mixer:
         accumulate = torch.promote_types(queries.dtype, torch.float32)
         self.logsumexp = torch.full(queries.shape[:2], -torch.inf, dtype=accumulate)  # of the scores of those keys
 
+    def beside(self, sources: tuple[Tensor, ...], listed: Tensor) -> tuple[Tensor, ...]:
+        """Copy the blocks of each of `sources` [blocks, block * D] that are `listed` [n, m] into [n, m * block, D].
+
+        The copies last until the next call.
+        """
+        (n, m), (_, size, dim) = listed.shape, self.queries.shape
+        copies = tuple(buffer[: n * m * size * dim].view(n * m, size * dim) for buffer in self.buffers)
+        for source, copy in zip(sources, copies, strict=True):
+            torch.index_select(source, 0, listed.flatten(), out=copy)
+        return tuple(copy.view(n, m * size, dim) for copy in copies)
+
     def mix(
         self,
         rows: Tensor,
-        sources: tuple[Tensor, ...],
-        listed: Tensor,
+        keys: Tensor,
+        values: Tensor,
         *,
-        bias: Tensor | None = None,
+        causal: bool = False,
+        hidden: Tensor | None = None,
         stands_for: int = 1,
     ) -> None:
-        """Let the query `rows` [n, g] attend to more keys, g rows to the same.
+        """Let the query `rows` [n, g] attend to more `keys` and their `values`, [n, m, D], g rows to the same.
 
-        The keys and values are those of `listed` [n, m] among `sources`, [..., several * D] both; `bias`, [n, block or
-        1, keys], is added to the scores. Each key stands for so many that are alike.
+        `causal`: query t of a block sees keys 0 to t. `hidden` [n, m] are keys that none sees. Each key stands for so
+        many that are alike.
         """
-        n, (_, size, dim) = len(rows), self.queries.shape
+        (n, together), (_, size, dim) = rows.shape, self.queries.shape
         if not n:
             return
         flat = rows.flatten()
-        queries = self.queries.index_select(0, flat).view(n, 1, -1, dim)
-        keys_values = []
-        for source, buffer in zip(sources, self.buffers, strict=True):
-            copy = buffer[: listed.numel() * source.shape[1]].view(-1, source.shape[1])
-            keys_values.append(torch.index_select(source, 0, listed.flatten(), out=copy).view(n, 1, -1, dim))
-        mask = None if bias is None else bias[:, None]
-        more, logsumexp = (x.flatten(0, 1) for x in _fused(queries, *keys_values, attn_mask=mask, scale=self.scale))
-        more, logsumexp = more.view(-1, size, dim), logsumexp.view(-1, size) + math.log(stands_for)
+        queries = self.queries.index_select(0, flat).view(n, 1, together * size, dim)
+        bias = None
+        if hidden is not None:
+            bias = torch.zeros(hidden.shape, dtype=queries.dtype).masked_fill_(hidden, -torch.inf)
+            bias = bias[:, None, None].expand(-1, -1, queries.shape[2], -1)
+        more, logsumexp = _fused(
+            queries, keys[:, None], values[:, None], is_causal=causal, attn_mask=bias, scale=self.scale
+        )
+        more, logsumexp = more.reshape(-1, size, dim), logsumexp.reshape(-1, size)
+        if stands_for > 1:
+            logsumexp += math.log(stands_for)
         before = self.logsumexp.index_select(0, flat)
         share = (logsumexp - before).sigmoid_().to(more.dtype)
         self.out.index_copy_(0, flat, self.out.index_select(0, flat).lerp_(more, share[..., None]))
         self.logsumexp.index_copy_(0, flat, torch.logaddexp(before, logsumexp))
 
 
-def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-
-
 def _means(blocks: Tensor) -> Tensor:
-    return blocks.mean(dim=1, dtype=torch.promote_types(blocks.dtype, torch.float32)).to(blocks.dtype)
+    return blocks.mean(dim=2, dtype=torch.promote_types(blocks.dtype, torch.float32)).to(blocks.dtype)
 
 
 def _batches(kept: Tensor, room: int) -> Iterator[tuple[Tensor, Tensor]]:
