@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -42,33 +42,28 @@ class Gaze:
     gives on average, head by head. Only the first half of the model's `layers` is looked at: in the embedded model
     words meet there what they name; later layers look at other things, too.
 
-    On a GPU the model attends itself, and a kernel goes over the keys once more, for many passes at a time, which costs
-    hardly more than for one. What is put off is done at the end of a `with` around all passes, while the cache still
-    holds their keys. Elsewhere the gaze attends for the model: most of the work on either is to compare queries with
-    keys, which is done once.
+    On a GPU the model attends itself, and a kernel goes over the keys once more: of all layers in one go, as soon as
+    they have read the question, so that it runs while the host is still busy with the others; and for many words of the
+    answer at a time, which costs hardly more than for one. What is put off is done at the end of a `with` around all
+    passes, while the cache still holds their keys. Elsewhere the gaze attends for the model: most of the work on either
+    is to compare queries with keys, which is done once.
     """
 
     def __init__(self, prefix: Prefix, *, asked: int, layers: int) -> None:
         self._prefix = prefix
         self._asked = asked
         self._layers = (layers + 1) // 2
-        self._begun: set[int] = set()  # layers that have read the question
-        # Of each layer, the mass of [H, steps]: the question's average, and the greatest of all tokens.
-        self._usual: dict[int, torch.Tensor] = {}
-        self._greatest: dict[int, torch.Tensor] = {}
-        # What the kernel is still to look at, of each layer, and what it has found that is still to be weighed.
-        self._put_off: dict[int, _Passes] = {}
-        self._found: dict[int, torch.Tensor] = {}
-        self._segments: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}  # see `_segments_of`
+        self._stays: dict[int, bool] = {}  # of layers that have read the question: see `__call__`
+        self._seen: dict[tuple[int, ...], _Seen] = {}  # of layers that are looked at in one go
+        self._put_off: dict[int, _Passes] = {}  # what the kernel is still to look at, of each layer
+        self._starts: dict[torch.device, torch.Tensor] = {}  # of the prefix's segments
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            for layer, passes in self._put_off.items():
-                self._look(layer, passes)
-            self._weigh()
+            self._look([*self._put_off])
 
     def __call__(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -79,41 +74,51 @@ class Gaze:
         """
         if layer >= self._layers:
             return None
-        first = layer not in self._begun
-        self._begun.add(layer)
+        first = layer not in self._stays
+        if first:
+            # Keys that are brought over for one pass fill a buffer of their own, which is not to be held after it.
+            self._stays[layer] = key.untyped_storage().nbytes() > key.nbytes
         count = self._asked if first else 1  # of the last queries, which are looked at
         if not _has_kernel(query.device, query.dtype, query.shape[3]):
             return self._attend(layer, query[0] * scaling, key[0], value[0], count)[None]
-        passes = self._put_off.setdefault(layer, _Passes(scaling))
-        passes.queries.append(query[0, :, -count:])
-        passes.key = key[0]
-        # Keys that were brought over for this pass alone fill a buffer of their own, which is not to be held.
-        stays = key.untyped_storage().nbytes() > key.nbytes
-        if not stays or len(passes.queries) == TOGETHER:
-            self._look(layer, self._put_off.pop(layer))
+        if layer not in self._put_off:
+            self._put_off[layer] = _Passes(scaling)
+        passes = self._put_off[layer]
+        passes.queries.append(query[:, :, -count:])
+        passes.key = key
+        if not self._stays[layer]:
+            self._look([layer])
+        elif layer == self._layers - 1 and (first or len(passes.queries) >= TOGETHER):
+            self._look([*self._put_off])
         return None
 
-    def _look(self, layer: int, passes: _Passes) -> None:
-        """Find what the queries of `passes` give to the prefix, segment by segment."""
+    def _look(self, layers: list[int]) -> None:
+        """Take what the queries that were put off give to the prefix, in one go for all layers that are alike."""
         from rrattention.triton.segments import segment_logsumexp
 
-        if layer in self._found or sum(found.numel() for found in self._found.values()) > SCORES:
-            self._weigh()
-        query = passes.queries[0] if len(passes.queries) == 1 else torch.cat(passes.queries, dim=1)
-        starts, _ = self._segments_on(query.device)
-        self._found[layer] = segment_logsumexp(query, passes.key, starts, scale=passes.scaling)
+        alike: dict[Any, dict[int, _Passes]] = {}
+        for layer in layers:
+            passes = self._put_off.pop(layer)
+            alike.setdefault(passes.kind(), {})[layer] = passes
+        for group in alike.values():
+            one = next(iter(group.values()))
+            heads, count = one.rows()
+            starts = self._starts_on(one.key.device)
+            queries = torch.cat([query for passes in group.values() for query in passes.queries], dim=2)[0]
+            queries = queries.unflatten(1, (-1, count)).transpose(0, 1)  # [layers, H, count, D]
+            rest = count
+            for some in queries.split(max(1, SCORES // (len(group) * heads * len(starts))), dim=2):
+                rest -= some.shape[2]
+                keys = [passes.key[0] for passes in group.values()]
+                if rest:
+                    keys = [key[:, :-rest] for key in keys]
+                found = segment_logsumexp(some, keys, starts, scale=one.scaling)
+                self._take(tuple(group), found.softmax(dim=-1))
 
-    def _weigh(self) -> None:
-        """Take what was found, all layers of a device together: many small steps would take longer than the kernel."""
-        for device in {found.device for found in self._found.values()}:
-            layers = [layer for layer, found in self._found.items() if found.device == device]
-            shares = torch.stack([self._found.pop(layer) for layer in layers]).softmax(dim=-1)
-            self._take(layers, shares[..., self._segments_on(device)[1]])
-
-    def _segments_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if device not in self._segments:
-            self._segments[device] = _segments_of(self._prefix, device)
-        return self._segments[device]
+    def _starts_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._starts:
+            self._starts[device] = self._prefix.segments[0].to(device, non_blocking=True)
+        return self._starts[device]
 
     @cached_property
     def _runs(self) -> list[tuple[int, int, int, int]]:
@@ -135,40 +140,63 @@ class Gaze:
             if rest < count:
                 looking = shares[:, :, max(0, some.shape[2] + rest - count) :].flatten(0, 1)
                 masses.append(torch.cat([_sums(looking, *run) for run in self._runs], dim=-1))
-        self._take([layer], torch.cat(masses, dim=1)[None])
+        self._take((layer,), torch.cat(masses, dim=1)[None])
         return torch.cat(outs, dim=1)
 
-    def _take(self, layers: list[int], mass: torch.Tensor) -> None:
-        """Remember what counts of more tokens' mass `[layers, H, tokens, steps]`; the question's are the first."""
+    def _take(self, layers: tuple[int, ...], mass: torch.Tensor) -> None:
+        """Remember what counts of the mass `[layers, H, tokens, steps or segments]` of the next tokens."""
         greatest = mass.amax(dim=2)
-        if layers[0] not in self._usual:
-            self._usual.update(zip(layers, mass[:, :, : self._asked].mean(dim=2), strict=True))
+        if layers in self._seen:
+            seen = self._seen[layers]
+            seen.greatest = torch.maximum(seen.greatest, greatest)
         else:
-            greatest = torch.maximum(greatest, torch.stack([self._greatest[layer] for layer in layers]))
-        self._greatest.update(zip(layers, greatest, strict=True))
+            seen = self._seen[layers] = _Seen(greatest)
+        if seen.tokens < self._asked:
+            seen.usual += mass[:, :, : self._asked - seen.tokens].sum(dim=2) / self._asked
+        seen.tokens += mass.shape[2]
 
     def weights(self) -> list[float]:
         """Each temporal step's share of the attention that stands out; all alike if none does. Sums to one."""
-        total = torch.zeros(len(self._prefix.times))
-        if self._usual:
-            device = next(iter(self._usual.values())).device
-            usual, greatest = (
-                torch.stack([each[layer].to(device) for layer in self._usual]) for each in (self._usual, self._greatest)
-            )
-            total = (greatest - usual).clamp(min=0).sum(dim=(0, 1)).cpu()
-        total = (total - total.median()).clamp(min=0)  # the greatest of many is above the average by chance, too
-        if not total.sum() > 0:
+        total: np.ndarray = np.zeros(len(self._prefix.times), np.float32)
+        for seen in self._seen.values():
+            outstanding = (seen.greatest - seen.usual).clamp(min=0).sum(dim=(0, 1)).cpu().numpy()
+            if len(outstanding) > len(total):  # the kernel's: of all segments
+                outstanding = outstanding[self._prefix.segments[1].numpy()]
+            total += outstanding
+        # The greatest of many is above the average by chance, too.
+        middle = (len(total) - 1) // 2
+        total = (total - np.partition(total, middle)[middle]).clip(min=0)
+        if not total.any():
             total += 1
         return (total / total.sum()).tolist()
 
 
 @dataclass(slots=True)
-class _Passes:
-    """Passes that are still to be looked at: their queries `[H, n, D]`, and the last one's key `[K, Lk, D]`."""
+class _Seen:
+    """What some layers' heads gave to each step or segment, `[layers, H, steps or segments]`."""
 
-    scaling: float
-    queries: list[torch.Tensor] = field(default_factory=list)
-    key: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    greatest: torch.Tensor  # of all tokens
+    usual: torch.Tensor | float = 0.0  # the average of the question's
+    tokens: int = 0  # that were looked at
+
+
+class _Passes:
+    """Passes of a layer that are still to be looked at: queries [1, H, n, D], and the last key [1, K, Lk, D]."""
+
+    __slots__ = ("key", "queries", "scaling")
+
+    def __init__(self, scaling: float) -> None:
+        self.scaling = scaling
+        self.queries: list[torch.Tensor] = []
+        self.key: torch.Tensor
+
+    def rows(self) -> tuple[int, int]:
+        """How many heads there are, and how many queries of each."""
+        return self.queries[0].shape[1], sum(query.shape[2] for query in self.queries)
+
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for layers whose passes the kernel takes in one go."""
+        return self.key.device, self.key.shape, self.key.stride(), self.rows(), self.scaling
 
 
 @cache
@@ -177,15 +205,6 @@ def _has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
     if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return dtype != torch.float64 and head_dim <= 256
-
-
-def _segments_of(prefix: Prefix, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the sequence is cut so that each step is a segment, `[segments]`, and which segments are the steps'."""
-    step = prefix.step.numpy()
-    # The last segment is what is said after the prefix.
-    starts = np.concatenate([[0], np.flatnonzero(step[1:] != step[:-1]) + 1, [len(step)]])
-    is_step = np.concatenate([step[starts[:-1]] >= 0, [False]])
-    return torch.from_numpy(starts).to(device, torch.int32), torch.from_numpy(np.flatnonzero(is_step)).to(device)
 
 
 def _shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -226,12 +245,20 @@ def intervals(weights: Sequence[float], times: Sequence[float], end: float) -> l
     A stretch is a run of steps with at least half of the greatest weight. `times` are when steps begin, in seconds, and
     `end` is when the clip does.
     """
-    longest = max((after - before for before, after in pairwise(times)), default=end - times[0])
-    borders = [*times, min(end, times[-1] + longest)]  # nothing was seen of the rest of a file that is cut off
-    found, enough = [], max(weights) / 2
-    for stands_out, run in groupby(range(len(weights)), key=lambda step: weights[step] >= enough):
-        steps = list(run)
-        if stands_out:
-            weight = sum(weights[step] for step in steps)
-            found.append(Evidence(borders[steps[0]], borders[steps[-1] + 1], weight))
+    enough = max(weights) / 2
+    runs: list[list[int]] = []
+    for step, weight in enumerate(weights):
+        if weight >= enough:
+            if runs and runs[-1][-1] == step - 1:
+                runs[-1].append(step)
+            else:
+                runs.append([step])
+
+    def begin(step: int) -> float:
+        if step < len(times):
+            return times[step]
+        longest = max((after - before for before, after in pairwise(times)), default=end - times[0])
+        return min(end, times[-1] + longest)  # nothing was seen of the rest of a file that is cut off
+
+    found = [Evidence(begin(run[0]), begin(run[-1] + 1), sum(weights[step] for step in run)) for run in runs]
     return sorted(found, key=lambda evidence: -evidence.weight)[:MOST]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def _channel_statistics(spec: PatchSpec, device: torch.device) -> tuple[torch.Te
     return mean, std
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prefix:
     """The part of a prompt that questions about one video share: its tokens, where they stand and when they are."""
 
@@ -123,6 +123,17 @@ class Prefix:
     def visual(self) -> torch.Tensor:
         """Which tokens a vision feature replaces, `[tokens]` bool; the features come in the same order."""
         return self.step >= 0
+
+    @cached_property
+    def segments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A sequence cut so that each temporal step is a segment: where segments begin, and which ones are the steps'.
+
+        `[segments]` int32, of which the last is all that is said after the prefix, and `[steps]` int64.
+        """
+        step = self.step.numpy()
+        starts = np.concatenate([[0], np.flatnonzero(step[1:] != step[:-1]) + 1, [len(step)]])
+        steps = np.flatnonzero(step[starts[:-1]] >= 0)
+        return torch.from_numpy(starts.astype(np.int32)), torch.from_numpy(steps)
 
     def next_positions(self, count: int) -> torch.Tensor:
         """The positions of the next `count` text tokens, `[3, count]`."""

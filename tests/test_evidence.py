@@ -177,26 +177,29 @@ LAYOUTS = {
 }
 
 
-def assert_equals_float64(prefix, device, *, looks):
+def assert_equals_float64(prefix, device, *, looks, room=64):
     """A gaze weighs as sums over attention do; unless it only looks, it attends like that attention, too."""
     torch.manual_seed(0)
-    seen, steps = len(prefix.step), len(prefix.times)
-    key, value = torch.randn(2, 1, 2, seen + 64, 8, device=device)  # with room, as in a cache
-    gaze, masses = gaze_at(prefix, asked=37), []
+    seen, steps, layers = len(prefix.step), len(prefix.times), 2
+    cache = [[torch.randn(1, 2, seen + room, 8, device=device) for _ in "kv"] for _ in range(layers)]
+    gaze, masses = gaze_at(prefix, asked=37, layers=2 * layers), [[] for _ in range(layers)]
+    passes = ((40, seen + 40), (1, seen + 41), (1, seen + 42), (1, seen + 43))  # 3 words were before
     with gaze:
-        for rows, length in ((40, seen + 40), (1, seen + 41), (1, seen + 42), (1, seen + 43)):  # 3 words were before
-            query = 2 * torch.randn(1, 4, rows, 8, device=device)
-            call = (query, key[:, :, :length], value[:, :, :length], 0.5)
-            shares, expected = (each.cpu() for each in attention(*call))
-            attended = gaze(0, *call)
-            if looks:
-                assert attended is None
-            else:
-                torch.testing.assert_close(attended, expected.float(), atol=2e-6, rtol=1e-5)
-            shares = shares[:, 3 if rows > 1 else 0 :, :seen]
-            masses.append(torch.stack([shares[..., prefix.step == step].sum(-1) for step in range(steps)], dim=-1))
+        for rows, length in passes:
+            for layer in range(layers):
+                query = 2 * torch.randn(1, 4, rows, 8, device=device)
+                call = (query, *(each[:, :, :length] for each in cache[layer]), 0.5)
+                shares, expected = (each.cpu() for each in attention(*call))
+                attended = gaze(layer, *call)
+                if looks:
+                    assert attended is None
+                else:
+                    torch.testing.assert_close(attended, expected.float(), atol=2e-6, rtol=1e-5)
+                shares = shares[:, 3 if rows > 1 else 0 :, :seen]
+                sums = [shares[..., prefix.step == step].sum(-1) for step in range(steps)]
+                masses[layer].append(torch.stack(sums, dim=-1))
 
-    expected = (torch.cat(masses, dim=1).amax(1) - masses[0].mean(1)).sum(0)
+    expected = sum((torch.cat(mass, dim=1).amax(1) - mass[0].mean(1)).sum(0) for mass in masses)
     expected = (expected - expected.median()).clamp(min=0)
     expected = expected / expected.sum() if steps > 1 else torch.ones(1)
     assert gaze.weights() == pytest.approx(expected.tolist(), abs=1e-5 if device == "cpu" else 1e-2)
@@ -214,6 +217,15 @@ def test_a_gaze_equals_sums_over_attention_in_float64_and_attends_like_it(prefix
 def test_a_gaze_that_only_looks_equals_sums_over_attention_in_float64(prefix, together, looking_device, monkeypatch):
     monkeypatch.setattr(evidence, "TOGETHER", together)
     assert_equals_float64(prefix, looking_device, looks=True)
+
+
+def test_a_long_question_is_looked_at_some_words_at_a_time(looking_device, monkeypatch):
+    monkeypatch.setattr(evidence, "SCORES", 600)
+    assert_equals_float64(LAYOUTS["longer-times-later"], looking_device, looks=True)
+
+
+def test_a_cache_may_be_just_full_at_the_last_word(looking_device):
+    assert_equals_float64(LAYOUTS["equal-distances"], looking_device, looks=True, room=43)
 
 
 def test_keys_that_were_brought_over_for_one_pass_are_not_held_after_it(looking_device):

@@ -35,8 +35,17 @@ def dense(query, key, starts, scale):
     return torch.stack(parts, dim=-1).flatten(0, 1)
 
 
+def segment_logsumexp_of_one(query, key, starts, *, scale):
+    (found,) = segment_logsumexp(query[None], [key], starts, scale=scale)
+    return found
+
+
 def assert_equals_dense_scores(query, key, starts, scale):
-    found = segment_logsumexp(query, key, torch.tensor(starts, dtype=torch.int32, device=key.device), scale=scale)
+    starts_there = torch.tensor(starts, dtype=torch.int32, device=key.device)
+    assert_is_close(segment_logsumexp_of_one(query, key, starts_there, scale=scale), query, key, starts, scale)
+
+
+def assert_is_close(found, query, key, starts, scale):
     exact = dense(query, key, starts, scale)
     assert found.dtype == torch.float32
     # Scores of random numbers are some units large. Inputs are exact; a GPU cuts float32 to the 10 bits of TF32.
@@ -63,6 +72,23 @@ def test_any_ratio_of_heads(heads, key_heads, kernel_target):
     assert_equals_dense_scores(query, key, STARTS["all-sizes"], 0.125)
 
 
+def test_layers_that_are_looked_at_in_one_go_get_what_each_would_alone(kernel_target):
+    layers = [make(kernel_target, queries=11) for _ in range(3)]
+    queries, keys = [query * (1 + number) for number, (query, _) in enumerate(layers)], [key for _, key in layers]
+    keys[1].neg_()
+    starts = torch.tensor(STARTS["all-sizes"], dtype=torch.int32, device=keys[0].device)
+    found = segment_logsumexp(torch.stack(queries), keys, starts, scale=0.125)
+
+    for one, query, key in zip(found, queries, keys, strict=True):
+        assert_is_close(one, query, key, STARTS["all-sizes"], 0.125)
+
+
+def test_layers_whose_keys_are_laid_out_differently_are_refused(kernel_target):
+    (query, key), (_, longer) = make(kernel_target, queries=2), make(kernel_target, queries=2, keys=208)
+    with pytest.raises(ValueError, match="same shape and strides"):
+        segment_logsumexp(torch.stack([query, query]), [key, longer], torch.zeros(1), scale=1.0)
+
+
 def test_a_scale_may_be_negative_and_dims_may_lie_apart(kernel_target):
     query, key = make(kernel_target, queries=5)
     query, key = (each.mT.contiguous().mT for each in (query, key))
@@ -72,7 +98,7 @@ def test_a_scale_may_be_negative_and_dims_may_lie_apart(kernel_target):
 def test_a_segment_that_a_query_does_not_see_has_no_mass(kernel_target):
     query, key = make(kernel_target, queries=4)
     starts = torch.tensor([0, 206], dtype=torch.int32, device=key.device)  # the last key, and so the last query's own
-    shares = segment_logsumexp(query, key, starts, scale=0.125).softmax(dim=2)
+    shares = segment_logsumexp_of_one(query, key, starts, scale=0.125).softmax(dim=2)
 
     assert shares[:, :-1, 1].eq(0).all()
     assert shares[:, -1, 1].gt(0).all()
@@ -85,7 +111,7 @@ def test_keys_past_two_billion_elements_are_found():
     key[0, -100:] = 0.5
     query = torch.ones(1, 1, dim, dtype=torch.float16, device="cuda")
     starts = torch.tensor([0, keys - 100], dtype=torch.int32, device="cuda")
-    found = segment_logsumexp(query, key, starts, scale=1 / 16)
+    found = segment_logsumexp_of_one(query, key, starts, scale=1 / 16)
 
     expected = torch.tensor([keys - 100, 100.0]).log() + torch.tensor([0.0, 8.0])
     torch.testing.assert_close(found[0, 0].cpu(), expected, rtol=1e-4, atol=1e-4)

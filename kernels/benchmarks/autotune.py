@@ -85,7 +85,7 @@ def calls(arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
         "estimate": lambda: stages.estimate(query, key, grid, stride=config.stride, scale=scale),
         "select": lambda: stages.select(scores, grid, config).counts,
         "attend": lambda: stages.attend(query, key, value, selection, scale=scale),
-        "segments": lambda: segment_logsumexp(query[0, :, -QUESTION:], key[0], starts, scale=scale),
+        "segments": lambda: segment_logsumexp(query[:, :, -QUESTION:], [*key], starts, scale=scale),
     }
 
 
