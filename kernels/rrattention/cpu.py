@@ -4,8 +4,8 @@ What makes it fast, each point measured against its alternatives:
 
 - Kept blocks are copied to lie side by side, and PyTorch's own fused attention goes over them, for many query blocks at
   a time: lists of equal length are one batch, whatever head they belong to, without padding.
-- What two neighbouring query blocks both keep is copied once for the two: where more queries see the same keys, that
-  attention makes more of the processor.
+- What two neighbouring query blocks keep in all heads of a group is copied once for these, and what two keep in one
+  head, once for the two: where more queries see the same keys, that attention makes more of the processor.
 - It takes no mask there. The last block of each list, where one may be needed, and the means of what was left out are
   attended to apart. All these parts are joined by the logsumexps of their scores.
 - A step works on what fits in the caches, and its buffers are made once: fresh memory costs more than copying does.
@@ -166,12 +166,14 @@ def attend(
                 seen = (x[head, None, :reach].expand(len(rows), -1, -1) for x in means)
                 mixer.mix(rows[:, None], *seen, hidden=~left_out[rows, :reach], stands_for=size)
 
+    # What many queries keep is taken from their lists and attended to by them together, then what fewer do.
     kept = selection.mask().flatten(0, 2).scatter_(1, last, False)  # [rows, key_blocks]
     alone = torch.arange(len(counts))[:, None]
-    pairs = alone.view(-1, grid.query_blocks)[:, : grid.query_blocks // 2 * 2].reshape(-1, 2)
-    shared = kept[pairs].all(dim=1)
-    kept[pairs.flatten()] &= ~shared.repeat_interleave(2, dim=0)
-    for rows_of, lists in ((pairs, shared), (alone, kept)):
+    neighbours = alone.view(-1, grid.query_blocks)[:, : grid.query_blocks // 2 * 2].unflatten(1, (-1, 2))
+    groups = neighbours.unflatten(0, (-1, group)).transpose(1, 2).flatten(2)  # [B * K, pairs, 2 * G]
+    for rows_of in (groups.flatten(0, 1), neighbours.flatten(0, 1), alone):
+        lists = kept[rows_of].all(dim=1)
+        kept[rows_of.flatten()] &= ~lists.repeat_interleave(rows_of.shape[1], dim=0)
         for part, columns in _batches(lists, room):
             rows = rows_of[part]
             mixer.mix(rows, *mixer.beside(blocks, first_block[rows[:, 0]] + columns))
