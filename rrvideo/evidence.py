@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import pairwise
@@ -82,7 +82,7 @@ class Gaze:
         if not _has_kernel(query.device, query.dtype, query.shape[3]):
             return self._attend(layer, query[0] * scaling, key[0], value[0], count)[None]
         if layer not in self._put_off:
-            self._put_off[layer] = _Passes(scaling)
+            self._put_off[layer] = _Passes(scaling, key)
         passes = self._put_off[layer]
         passes.queries.append(query[:, :, -count:])
         passes.key = key
@@ -180,15 +180,13 @@ class _Seen:
     tokens: int = 0  # that were looked at
 
 
+@dataclass(slots=True)
 class _Passes:
     """Passes of a layer that are still to be looked at: queries [1, H, n, D], and the last key [1, K, Lk, D]."""
 
-    __slots__ = ("key", "queries", "scaling")
-
-    def __init__(self, scaling: float) -> None:
-        self.scaling = scaling
-        self.queries: list[torch.Tensor] = []
-        self.key: torch.Tensor
+    scaling: float
+    key: torch.Tensor
+    queries: list[torch.Tensor] = field(default_factory=list)
 
     def rows(self) -> tuple[int, int]:
         """How many heads there are, and how many queries of each."""
