@@ -62,7 +62,7 @@ class Gaze:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None and self._put_off:  # where nothing is, there may be no Triton
             self._look([*self._put_off])
 
     def __call__(

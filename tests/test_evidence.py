@@ -1,6 +1,7 @@
 """Where the model looked, against the attention that transformers itself reports."""
 
 import json
+import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -226,6 +227,11 @@ def test_a_long_question_is_looked_at_some_words_at_a_time(looking_device, monke
 
 def test_a_cache_may_be_just_full_at_the_last_word(looking_device):
     assert_equals_float64(LAYOUTS["equal-distances"], looking_device, looks=True, room=43)
+
+
+def test_a_cpu_needs_no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rrattention.triton.segments", None)  # importing it is an error
+    assert_equals_float64(LAYOUTS["one-step"], "cpu", looks=False)
 
 
 def test_keys_that_were_brought_over_for_one_pass_are_not_held_after_it(looking_device):
