@@ -82,6 +82,7 @@ def dtype_of_steps(request, monkeypatch):
 def smallest_steps(monkeypatch):
     monkeypatch.setattr(cpu, "SCORES_PER_THREAD", 1)
     monkeypatch.setattr(cpu, "COPIED_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "COPIED_PER_LIST", 1)
 
 
 @cache

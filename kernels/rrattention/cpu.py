@@ -4,8 +4,10 @@ What makes it fast, each point measured against its alternatives:
 
 - Kept blocks are copied to lie side by side, and PyTorch's own fused attention goes over them, for many query blocks at
   a time: lists of equal length are one batch, whatever head they belong to, without padding.
-- What two neighbouring query blocks keep in all heads of a group is copied once for these, and what two keep in one
-  head, once for the two: where more queries see the same keys, that attention makes more of the processor.
+- What many query blocks keep, neighbours in one head and those of a group of heads, is copied once for all of them:
+  where more queries see the same keys, that attention makes more of the processor.
+- It passes over the keys several times, for some queries each time. So a list comes in parts that a core's own cache
+  holds: on a server whose shared cache is busy with the work of others, reading them from there is what takes the time.
 - It takes no mask there. The last block of each list, where one may be needed, and the means of what was left out are
   attended to apart. All these parts are joined by the logsumexps of their scores.
 - A step works on what fits in the caches, and its buffers are made once: fresh memory costs more than copying does.
@@ -29,6 +31,7 @@ from rrattention.config import RRConfig, Skipped
 
 SCORES_PER_THREAD = 1 << 18  # of one step of `estimate`: 1 MiB of float32
 COPIED_PER_THREAD = 1 << 18  # numbers of keys, and as many of values, of one step of `attend`
+COPIED_PER_LIST = 1 << 16  # of which so many are for one list: 512 KiB of float32 with the values
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x log2 e)
 
 # What scaled_dot_product_attention runs on CPUs. It also returns the logsumexp of each query's scores, [B, H, L].
@@ -141,6 +144,7 @@ def attend(
     last = last.long().masked_fill_((counts == 0)[:, None], 0)  # [rows, 1]
 
     room = max(1, COPIED_PER_THREAD * torch.get_num_threads() // (size * dim))  # blocks of one step
+    part = max(1, COPIED_PER_LIST // (size * dim))  # of which so many are for one list
     mixer = _Mixer(_query_to_grid(query, grid).reshape(-1, size, dim), scale, room * size)
 
     # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
@@ -168,15 +172,13 @@ def attend(
 
     # What many queries keep is taken from their lists and attended to by them together, then what fewer do.
     kept = selection.mask().flatten(0, 2).scatter_(1, last, False)  # [rows, key_blocks]
-    alone = torch.arange(len(counts))[:, None]
-    neighbours = alone.view(-1, grid.query_blocks)[:, : grid.query_blocks // 2 * 2].unflatten(1, (-1, 2))
-    groups = neighbours.unflatten(0, (-1, group)).transpose(1, 2).flatten(2)  # [B * K, pairs, 2 * G]
-    for rows_of in (groups.flatten(0, 1), neighbours.flatten(0, 1), alone):
-        lists = kept[rows_of].all(dim=1)
-        kept[rows_of.flatten()] &= ~lists.repeat_interleave(rows_of.shape[1], dim=0)
-        for part, columns in _batches(lists, room):
-            rows = rows_of[part]
-            mixer.mix(rows, *mixer.beside(blocks, first_block[rows[:, 0]] + columns))
+    rows = torch.arange(len(counts)).view(-1, group, grid.query_blocks)  # of each key head
+    for together in ((group, 2), (1, 8), (1, 2), (2, 1), (1, 1)):  # heads, query blocks
+        windows = _windows(rows, *together)
+        lists = kept[windows].all(dim=1)
+        kept[windows.flatten()] &= ~lists.repeat_interleave(windows.shape[1], dim=0)
+        for some, columns in _batches(lists, room, part):
+            mixer.mix(windows[some], *mixer.beside(blocks, first_block[windows[some, 0]] + columns))
     return _shift_rows(mixer.out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
 
@@ -244,17 +246,24 @@ def _means(blocks: Tensor) -> Tensor:
     return blocks.mean(dim=2, dtype=torch.promote_types(blocks.dtype, torch.float32)).to(blocks.dtype)
 
 
-def _batches(kept: Tensor, room: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield which lists of `kept` [lists, blocks] are equally long, [n], and blocks of each, [n, m]: a step each."""
+def _windows(rows: Tensor, heads: int, blocks: int) -> Tensor:
+    """Sets of so many heads and neighbouring blocks of `rows` [B * K, G, query_blocks]: [sets, rows], none in two."""
+    if heads > rows.shape[1] or blocks > rows.shape[2]:
+        return rows.new_empty(0, heads * blocks)
+    return rows.unfold(1, heads, heads).unfold(2, blocks, blocks).flatten(3).flatten(0, 2)
+
+
+def _batches(kept: Tensor, room: int, part: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield which lists of `kept` [lists, blocks] have parts of one length, [n], and the blocks of these, [n, m]."""
     blocks, counts = kept.nonzero()[:, 1], kept.sum(dim=1)
     starts = counts.cumsum(dim=0) - counts
-    lengths, order = counts.sort(stable=True)
-    lengths, many = lengths.unique_consecutive(return_counts=True)
-    for length, lists in zip(lengths.tolist(), order.split(many.tolist()), strict=True):
-        if length:
-            for part in lists.split(max(1, room // length)):
-                listed = blocks[starts[part, None] + torch.arange(length)]
-                yield from ((part, some) for some in listed.split(room, dim=1))
+    for begin in range(0, kept.shape[1], part):
+        lengths, order = (counts - begin).clamp(0, part).sort(stable=True)
+        lengths, many = lengths.unique_consecutive(return_counts=True)
+        for length, lists in zip(lengths.tolist(), order.split(many.tolist()), strict=True):
+            if length:
+                for some in lists.split(max(1, room // length)):
+                    yield some, blocks[starts[some, None] + begin + torch.arange(length)]
 
 
 def _budget() -> int:
