@@ -20,7 +20,7 @@ Shapes: B batch, H query heads, K key heads, G = H / K query heads to a key head
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -153,13 +153,12 @@ def attend(
         on_diagonal = last[:, 0] == own  # but in a selection of the caller's own
         for causal, chosen in ((True, on_diagonal), (False, ~on_diagonal)):
             for rows in (chosen & (counts > 0)).nonzero()[:, 0].split(room):
-                mixer.mix(rows[:, None], *mixer.beside(blocks, first_block[rows] + last[rows]), causal=causal)
+                mixer.mix(rows[:, None], mixer.beside(blocks, first_block[rows] + last[rows]), causal=causal)
     else:
         length = grid.length[:, None, None].expand(per_row).flatten()[:, None]
         beyond = last * size + torch.arange(size) >= length  # [rows, keys of a block]
         for rows in counts.nonzero()[:, 0].split(room):
-            copies = mixer.beside(blocks, first_block[rows] + last[rows])
-            mixer.mix(rows[:, None], *copies, hidden=beyond[rows])
+            mixer.mix(rows[:, None], mixer.beside(blocks, first_block[rows] + last[rows]), hidden=beyond[rows])
     if skipped == "pooled":
         means = tuple(_means(x.view(-1, grid.key_blocks, size, dim)) for x in blocks)  # [B * K, key_blocks, D]
         left_out = selection.left_out().flatten(0, 2)  # [rows, key_blocks]
@@ -167,8 +166,8 @@ def attend(
         for head in key_head[some].unique().tolist():
             for rows in (some & (key_head == head)).nonzero()[:, 0].split(room):
                 reach = int(left_out[rows].any(dim=0).nonzero()[-1]) + 1
-                seen = (x[head, None, :reach].expand(len(rows), -1, -1) for x in means)
-                mixer.mix(rows[:, None], *seen, hidden=~left_out[rows, :reach], stands_for=size)
+                seen = tuple(x[head, None, :reach].expand(len(rows), -1, -1) for x in means)
+                mixer.mix(rows[:, None], [seen], hidden=~left_out[rows, :reach], stands_for=size)
 
     # What many queries keep is taken from their lists and attended to by them together, then what fewer do.
     kept = selection.mask().flatten(0, 2).scatter_(1, last, False)  # [rows, key_blocks]
@@ -178,7 +177,7 @@ def attend(
         lists = kept[windows].all(dim=1)
         kept[windows.flatten()] &= ~lists.repeat_interleave(windows.shape[1], dim=0)
         for some, columns in _batches(lists, room, part):
-            mixer.mix(windows[some], *mixer.beside(blocks, first_block[windows[some, 0]] + columns))
+            mixer.mix(windows[some], mixer.beside(blocks, first_block[windows[some, 0]] + columns))
     return _shift_rows(mixer.out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
 
@@ -195,28 +194,28 @@ class _Mixer:
         accumulate = torch.promote_types(queries.dtype, torch.float32)
         self.logsumexp = torch.full(queries.shape[:2], -torch.inf, dtype=accumulate)  # of the scores of those keys
 
-    def beside(self, sources: tuple[Tensor, ...], listed: Tensor) -> tuple[Tensor, ...]:
-        """Copy the blocks of each of `sources` [blocks, block * D] that are `listed` [n, m] into [n, m * block, D].
+    def beside(self, sources: tuple[Tensor, ...], listed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Copy the blocks of each of `sources` [blocks, block * D] that are `listed` [n, m], a part of m at a time.
 
-        The copies last until the next call.
+        A copy, [n, part * block, D], lasts until the next one.
         """
-        (n, m), (_, size, dim) = listed.shape, self.queries.shape
-        copies = tuple(buffer[: n * m * size * dim].view(n * m, size * dim) for buffer in self.buffers)
-        for source, copy in zip(sources, copies, strict=True):
-            torch.index_select(source, 0, listed.flatten(), out=copy)
-        return tuple(copy.view(n, m * size, dim) for copy in copies)
+        _, size, dim = self.queries.shape
+        for columns in listed.split(max(1, COPIED_PER_LIST // (size * dim)), dim=1):
+            copies = tuple(buffer[: columns.numel() * size * dim].view(-1, size * dim) for buffer in self.buffers)
+            for source, copy in zip(sources, copies, strict=True):
+                torch.index_select(source, 0, columns.flatten(), out=copy)
+            yield tuple(copy.view(len(columns), -1, dim) for copy in copies)
 
     def mix(
         self,
         rows: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        parts: Iterable[tuple[Tensor, ...]],
         *,
         causal: bool = False,
         hidden: Tensor | None = None,
         stands_for: int = 1,
     ) -> None:
-        """Let the query `rows` [n, g] attend to more `keys` and their `values`, [n, m, D], g rows to the same.
+        """Let the query `rows` [n, g] attend to more keys and their values, [n, m, D] in each part, g rows to the same.
 
         `causal`: query t of a block sees keys 0 to t. `hidden` [n, m] are keys that none sees. Each key stands for so
         many that are alike.
@@ -226,20 +225,21 @@ class _Mixer:
             return
         flat = rows.flatten()
         queries = self.queries.index_select(0, flat).view(n, 1, together * size, dim)
+        out, logsumexp = self.out.index_select(0, flat), self.logsumexp.index_select(0, flat)
         bias = None
         if hidden is not None:
             bias = torch.zeros(hidden.shape, dtype=queries.dtype).masked_fill_(hidden, -torch.inf)
             bias = bias[:, None, None].expand(-1, -1, queries.shape[2], -1)
-        more, logsumexp = _fused(
-            queries, keys[:, None], values[:, None], is_causal=causal, attn_mask=bias, scale=self.scale
-        )
-        more, logsumexp = more.reshape(-1, size, dim), logsumexp.reshape(-1, size)
-        if stands_for > 1:
-            logsumexp += math.log(stands_for)
-        before = self.logsumexp.index_select(0, flat)
-        share = (logsumexp - before).sigmoid_().to(more.dtype)
-        self.out.index_copy_(0, flat, self.out.index_select(0, flat).lerp_(more, share[..., None]))
-        self.logsumexp.index_copy_(0, flat, torch.logaddexp(before, logsumexp))
+        for keys, values in parts:
+            more, scored = _fused(
+                queries, keys[:, None], values[:, None], is_causal=causal, attn_mask=bias, scale=self.scale
+            )
+            scored = scored.reshape(-1, size) + math.log(stands_for)
+            share = (scored - logsumexp).sigmoid_().to(out.dtype)
+            out.lerp_(more.reshape(-1, size, dim), share[..., None])
+            logsumexp = torch.logaddexp(logsumexp, scored)
+        self.out.index_copy_(0, flat, out)
+        self.logsumexp.index_copy_(0, flat, logsumexp)
 
 
 def _means(blocks: Tensor) -> Tensor:
@@ -256,14 +256,14 @@ def _windows(rows: Tensor, heads: int, blocks: int) -> Tensor:
 def _batches(kept: Tensor, room: int, part: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield which lists of `kept` [lists, blocks] have parts of one length, [n], and the blocks of these, [n, m]."""
     blocks, counts = kept.nonzero()[:, 1], kept.sum(dim=1)
-    starts = counts.cumsum(dim=0) - counts
-    for begin in range(0, kept.shape[1], part):
-        lengths, order = (counts - begin).clamp(0, part).sort(stable=True)
+    starts, whole = counts.cumsum(dim=0) - counts, counts // part * part
+    for listed, begins in ((whole, starts), (counts - whole, starts + whole)):
+        lengths, order = listed.sort(stable=True)
         lengths, many = lengths.unique_consecutive(return_counts=True)
         for length, lists in zip(lengths.tolist(), order.split(many.tolist()), strict=True):
             if length:
-                for some in lists.split(max(1, room // length)):
-                    yield some, blocks[starts[some, None] + begin + torch.arange(length)]
+                for some in lists.split(max(1, room // min(length, part))):
+                    yield some, blocks[begins[some, None] + torch.arange(length)]
 
 
 def _budget() -> int:
