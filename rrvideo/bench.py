@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import av
 import numpy as np
 
-from rrvideo.frameindex import packets_of
+from rrvideo.measuring import repeat_packets
 from rrvideo.video import plan_samples, read_frames
 
 FRAMES = 256
@@ -173,21 +173,6 @@ def _make_video(path: Path) -> None:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     repeat_packets(loop, path, seconds=LOOP, turns=int(path.name.split("-")[0]) * 60 // LOOP)
-
-
-def repeat_packets(loop: Path, path: Path, *, seconds: float, turns: int) -> None:
-    """Write the packets of `loop`, which lasts `seconds`, to `path` again and again, ever later."""
-    unfinished = path.with_name("unfinished.mp4")
-    with av.open(str(unfinished), "w") as output:
-        stream = None
-        for turn in range(turns):
-            with av.open(str(loop)) as source:
-                stream = stream or output.add_stream_from_template(source.streams.video[0])
-                later = turn * int(seconds / source.streams.video[0].time_base)
-                for packet in packets_of(source):
-                    packet.stream, packet.pts, packet.dts = stream, packet.pts + later, packet.dts + later
-                    output.mux(packet)
-    unfinished.rename(path)
 
 
 def _drifting_texture(count: int) -> Iterator[np.ndarray]:

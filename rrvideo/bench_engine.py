@@ -15,26 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
 from rrvideo import options
-from rrvideo.bench import repeat_packets
 from rrvideo.cli import SAMPLE
+from rrvideo.measuring import Spread, apart, meets, ratio, repeated_video, resident, timed, world_video
 from rrvideo.terminal import hush_transformers
 from rrvideo.video import Frame, SamplePlan, plan_samples, read_frames
 
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
     from rrvideo import Video, VideoQA
     from rrvideo.model import Checkpoint
-    from rrvideo.tiny.world import World
 
 QUESTION = "What appears first?"
 ASKED = 30  # questions that are answered with both kinds of attention
@@ -58,22 +55,6 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 TOLD = 20  # questions of each turn that are answered with evidence and without
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """The median of some turns, and the lowest and the highest."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(*(round(value, 4) for value in (statistics.median(values), min(values), max(values))))
-
-    def __format__(self, form: str) -> str:
-        return f"{self.median:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,28 +90,28 @@ def bench_questions(arguments: argparse.Namespace) -> dict[str, Any]:
     from rrvideo.tiny.world import questions
 
     seconds = round(600 * arguments.scale)
-    world, path = _world(arguments.cache, seconds, width=160, height=120, fps=10)
+    world, path = world_video(arguments.cache, seconds, width=160, height=120, fps=10)
     qa, rng = _model(path), Random(0)
     firsts, seconds_asked, tokens, evidence = [], [], [], list[float]()
     for _ in range(arguments.repeats):
-        video, watching = _timed(partial(qa.watch, path))
+        video, watching = timed(partial(qa.watch, path))
         possible = questions(world, rng, video.plan.times)
         first, second = rng.sample(possible, 2)
-        _, asking = _timed(partial(video.ask, first.text))
-        answer, asking_again = _timed(partial(video.ask, second.text))
+        _, asking = timed(partial(video.ask, first.text))
+        answer, asking_again = timed(partial(video.ask, second.text))
         firsts.append(watching + asking)
         seconds_asked.append(asking_again)
         tokens.append(answer.usage.answer_tokens)
         evidence += _evidence_shares(video, [question.text for question in rng.choices(possible, k=TOLD)])
         video.close()
     first_time, second_time = Spread.of(firsts), Spread.of(seconds_asked)
-    share, telling = _ratio(seconds_asked, firsts), Spread.of(evidence)
+    share, telling = ratio(seconds_asked, firsts), Spread.of(evidence)
     print(f"{seconds} s of video, {answer.usage.frames} frames, {answer.usage.prompt_tokens} tokens")
     print(f"watch and first question  {first_time:.2f} s")
     print(f"second question           {second_time:.3f} s, {share:.1%} of it; {min(tokens)} to {max(tokens)} tokens")
     print(f"evidence                  {telling:.1%} of an ask on one core; {len(evidence)} asks")
-    answered = _meets("second over first", share.median, SECOND_QUESTION, ".1%")
-    told = _meets("evidence, of an ask,", telling.median, EVIDENCE, ".1%")
+    answered = meets("second over first", share.median, SECOND_QUESTION, ".1%")
+    told = meets("evidence, of an ask,", telling.median, EVIDENCE, ".1%")
     return {
         "frames": answer.usage.frames,
         "prompt_tokens": answer.usage.prompt_tokens,
@@ -173,7 +154,7 @@ def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     are for processes in which it gives all back at once: those hold what the engine holds. The others are told beside.
     """
     loop, frames = max(1, round(LOOP * arguments.scale)), max(8, round(720 * arguments.scale))
-    paths = {minutes: _repeated(arguments.cache, loop, minutes, width=320, height=240) for minutes in LENGTHS}
+    paths = {minutes: repeated_video(arguments.cache, loop, minutes, width=320, height=240) for minutes in LENGTHS}
     shortest, longest = min(LENGTHS), max(LENGTHS)
     jobs = [(minutes, 1.0, "gives back") for minutes in LENGTHS]
     jobs += [(shortest, chunk, "gives back") for chunk in CHUNKS if chunk != 1]
@@ -182,7 +163,7 @@ def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.repeats):
         for (minutes, chunk, allocator), measured in peaks.items():
             with patch.dict(os.environ, GIVES_BACK if allocator == "gives back" else {}):
-                measured.append(_apart(_peak_of_watch, paths[minutes], frames, loop * minutes, chunk))
+                measured.append(apart(_peak_of_watch, paths[minutes], frames, loop * minutes, chunk))
     found = {job: Spread.of(measured) for job, measured in peaks.items()}
     print(f"{frames} frames; MB beyond weights and KV cache")
     for (minutes, chunk, allocator), peak in found.items():
@@ -194,8 +175,8 @@ def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     slope, constant = statistics.linear_regression(CHUNKS, by_chunk)
     off = max(abs(peak - constant - slope * chunk) for peak, chunk in zip(by_chunk, CHUNKS, strict=True))
     print(f"about {constant:.1f} MB and {slope:.1f} MB for the size of a chunk")
-    same = _meets("difference between the two lengths", abs(long / short - 1), SAME_MEMORY, ".1%")
-    linear = _meets("distance from that line, over the largest,", off / max(by_chunk), SAME_MEMORY, ".1%")
+    same = meets("difference between the two lengths", abs(long / short - 1), SAME_MEMORY, ".1%")
+    linear = meets("distance from that line, over the largest,", off / max(by_chunk), SAME_MEMORY, ".1%")
     return {
         "frames": frames,
         "rows": [
@@ -213,7 +194,7 @@ def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
 def bench_first_answer(arguments: argparse.Namespace) -> dict[str, Any]:
     """Watch a video of which each stage of the embedded model has its share; see `first_answer`."""
     loop = max(1, round(LOOP * arguments.scale))
-    path = _repeated(arguments.cache, loop, 6, width=384, height=288)
+    path = repeated_video(arguments.cache, loop, 6, width=384, height=288)
     sampling: dict[str, Any] = {"fps": 4.5, "max_frames": 27 * loop, "timestamps": False}
     return first_answer(_model(path), path, sampling, arguments.repeats)
 
@@ -234,18 +215,18 @@ def first_answer(qa: VideoQA, path: Path, sampling: dict[str, Any], repeats: int
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(1 + repeats):
         for name, run in works.items():
-            taken[name].append(_timed(run)[1])
+            taken[name].append(timed(run)[1])
     taken = {name: measured[1:] for name, measured in taken.items()}  # the first turn may compile kernels
     times = {name: Spread.of(measured) for name, measured in taken.items()}
     longest = [max(turn) for turn in zip(*(taken[name] for name in stages), strict=True)]
-    ratios = {name: _ratio(taken[name], longest) for name in ("at once", "answer")}
+    ratios = {name: ratio(taken[name], longest) for name in ("at once", "answer")}
     total = sum(times[name].median for name in stages)
     least = min(times[name].median for name in stages) / total
     print(f"{len(plan.indices)} frames of {plan.width}x{plan.height}, {len(alone.prefix)} tokens")
     for name, spread in times.items():
         share = f"{spread.median / total:.0%} of the three"
         print(f"{name:8} {spread:.2f} s, {share if name in stages else f'{ratios[name]:.2f} times the longest'}")
-    met = _meets("answer over the longest stage", ratios["answer"].median, FIRST_ANSWER, ".2f")
+    met = meets("answer over the longest stage", ratios["answer"].median, FIRST_ANSWER, ".2f")
     if ratios["at once"].median > FIRST_ANSWER:
         print("(out of reach on this machine: the stages at once, with nothing to wait for, take longer than that)")
     if least < LEAST_STAGE:
@@ -265,7 +246,7 @@ def bench_attention(arguments: argparse.Namespace) -> dict[str, Any]:
     from rrvideo.tiny.evaluate import is_right
     from rrvideo.tiny.world import questions
 
-    world, path = _world(arguments.cache, math.ceil(1140 * arguments.scale), width=112, height=84, fps=5)
+    world, path = world_video(arguments.cache, math.ceil(1140 * arguments.scale), width=112, height=84, fps=5)
     sparse = _model(path)
     ways = {"rr": sparse, "full": sparse.attending("full")}
     plan = plan_samples(path, max_frames=4, limits=sparse.checkpoint.limits)
@@ -278,7 +259,7 @@ def bench_attention(arguments: argparse.Namespace) -> dict[str, Any]:
         videos: dict[str, Video] = {}
         for _ in range(arguments.repeats):
             for way, qa in ways.items():
-                videos[way], seconds = _timed(partial(qa.watch, path, **sampling))
+                videos[way], seconds = timed(partial(qa.watch, path, **sampling))
                 taken[way].append(seconds)
         possible = questions(world, Random(0), videos["rr"].plan.times, TIMELESS)
         asked = Random(0).sample(possible, min(ASKED, len(possible)))
@@ -289,7 +270,7 @@ def bench_attention(arguments: argparse.Namespace) -> dict[str, Any]:
             "visual_tokens": usage.visual_tokens,
             "frames": usage.frames,
             "seconds": {way: Spread.of(measured) for way, measured in taken.items()},
-            "full_over_rr": _ratio(taken["full"], taken["rr"]),
+            "full_over_rr": ratio(taken["full"], taken["rr"]),
             "density": round(videos["rr"].density, 4),
             "asked": len(asked),
             "same_answers": sum(one == other for one, other in zip(*said.values(), strict=True)),
@@ -348,42 +329,11 @@ def _peak_of_watch(path: Path, frames: int, seconds: float, chunk: float) -> flo
     qa.watch(SAMPLE, max_frames=4).ask(QUESTION)  # what is loaded once; of `path` nothing is to be left over
     budget.CHUNK_FRAMES = round(budget.CHUNK_FRAMES * chunk)
     budget.CHUNK_TOKENS = round(budget.CHUNK_TOKENS * chunk)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     video = qa.watch(path, fps=2 * frames / seconds, max_frames=frames)
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     tokens = video.ask(QUESTION).usage.prompt_tokens
     return peak - before - budget.kv_bytes(qa.checkpoint, tokens) / 1e6
-
-
-def _resident(what: Literal["VmRSS", "VmHWM"]) -> float:
-    """MB of memory that this process has now, or has had at most; where no /proc tells both, the latter."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
-        return int(fields[what].split()[0]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def _apart(work: Callable[..., T], *arguments: Any) -> T:
-    """What `work` returns in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
-
-
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
-
-
-def _ratio(seconds: Sequence[float], others: Sequence[float]) -> Spread:
-    """What the times of the same turns are to each other."""
-    return Spread.of([one / other for one, other in zip(seconds, others, strict=True)])
-
-
-def _meets(what: str, value: float, limit: float, form: str) -> bool:
-    print(f"goal: {what} at most {limit:{form}}: {'met' if value <= limit else 'MISSED'} with {value:{form}}")
-    return value <= limit
 
 
 def _model(path: Path) -> VideoQA:
@@ -393,29 +343,6 @@ def _model(path: Path) -> VideoQA:
     qa = VideoQA.load("tiny")
     qa.watch(path, max_frames=32).ask(QUESTION)
     return qa
-
-
-def _world(cache: Path, seconds: int, *, width: int, height: int, fps: int) -> tuple[World, Path]:
-    """A world of up to eight scenes, and the file in `cache` that shows it."""
-    from rrvideo.tiny.world import draw_world, write_video
-
-    world = draw_world(Random(f"bench {seconds}"), seconds, min(8, max(1, seconds // 4)), shortest=min(4, seconds))
-    path = cache / f"world-{seconds}s-{width}x{height}-{fps}fps.mp4"
-    if not path.exists():
-        print(f"drawing {path.name}", flush=True)
-        unfinished = path.with_name("unfinished.mp4")
-        write_video(world, unfinished, width=width, height=height, fps=fps)
-        unfinished.rename(path)
-    return world, path
-
-
-def _repeated(cache: Path, seconds: int, turns: int, *, width: int, height: int) -> Path:
-    """A file in `cache` that shows a world of so many seconds, at 25 frames per second, `turns` times."""
-    _, loop = _world(cache, seconds, width=width, height=height, fps=25)
-    path = loop.with_name(f"{turns}-times-{loop.name}")
-    if not path.exists():
-        repeat_packets(loop, path, seconds=seconds, turns=turns)
-    return path
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

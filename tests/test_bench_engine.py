@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from rrvideo import bench, bench_engine, budget
+from rrvideo import bench, bench_engine, budget, measuring
 from rrvideo.frameindex import scan
 
 
@@ -33,7 +33,7 @@ def test_each_part_runs_and_its_figures_add_up(run, tmp_path, monkeypatch):
         assert scan(path).duration == pytest.approx(seconds)
         return peak_of_watch(path, frames, seconds, chunk)
 
-    monkeypatch.setattr(bench_engine, "_apart", in_this_process)
+    monkeypatch.setattr(bench_engine, "apart", in_this_process)
     monkeypatch.setattr(bench_engine, "LOOP", 100)  # of which there are two seconds
     for size in ("CHUNK_FRAMES", "CHUNK_TOKENS"):
         monkeypatch.setattr(budget, size, getattr(budget, size))  # the memory part changes them in its own process
@@ -83,18 +83,18 @@ def test_one_part_alone_and_a_missed_goal_is_said(run, monkeypatch):
 
 
 def test_work_apart_has_a_process_of_its_own():
-    assert bench_engine._apart(os.getpid) != os.getpid()
+    assert measuring.apart(os.getpid) != os.getpid()
 
 
 def test_memory_that_was_held_for_a_moment_counts_as_a_peak():
-    before = bench_engine._resident("VmRSS")
+    before = measuring.resident("VmRSS")
     assert len(b"1" * 300_000_000)
 
-    assert bench_engine._resident("VmHWM") - before > 250
+    assert measuring.resident("VmHWM") - before > 250
 
 
 def test_a_repeated_video_plays_its_loop_again_and_again(cache):
-    path = bench_engine._repeated(cache, 1, 3, width=64, height=48)
+    path = measuring.repeated_video(cache, 1, 3, width=64, height=48)
 
     index = scan(path)
     assert len(index) == 75 and not index.warnings

@@ -11,8 +11,8 @@ import pytest
 from clips import number_of, numbered_frames, write_video
 
 from rrvideo import frameindex, readers
-from rrvideo.bench import repeat_packets
 from rrvideo.errors import VideoError
+from rrvideo.measuring import repeat_packets
 from rrvideo.video import format_time, plan_samples, probe, read_frames
 
 ALL = {"fps": 1000, "max_frames": 10_000}
