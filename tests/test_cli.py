@@ -1,13 +1,8 @@
 """The `rrvideo` command: what it prints where, and how it ends."""
 
-import csv
 import inspect
-import io
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +11,13 @@ import pytest
 from checkpoints import make_checkpoint
 from clips import numbered_frames, write_video
 
-from rrvideo import VideoQA, budget, cli, doctor
-from rrvideo.events import json_line
-from rrvideo.pipeline import MAX_NEW_TOKENS, Answer
+from rrvideo import VideoQA, budget, cli
+from rrvideo.pipeline import MAX_NEW_TOKENS
 from rrvideo.scan import scan
 from rrvideo.video import probe
 
+pytest_plugins = ["commands"]
+pytestmark = pytest.mark.usefixtures("no_settings")
 QUESTION = "What colour is the circle?"
 OTHER = "How many scenes are there?"
 
@@ -44,26 +40,6 @@ def narrow(model, tmp_path_factory):
     config["text_config"]["max_position_embeddings"] = budget.ROOM + 120
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch):
-    for name in ("RRVIDEO_MODEL", "RRVIDEO_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def rrvideo(capsys):
-    """Run a command line; returns the exit code, stdout and stderr."""
-
-    def run(*argv):
-        try:
-            code = cli.main([str(each) for each in argv])
-        except SystemExit as end:  # argparse
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def expected_answer(model, clip, question, tokens=6, **options):
@@ -252,62 +228,6 @@ def test_too_many_frames_are_refused_or_with_fit_thinned(rrvideo, narrow, clip):
     assert json.loads(out)["answers"][0]["usage"]["frames"] == int(hint.split()[0])
 
 
-SCAN = ["--ask", f"red=yes/no: {QUESTION}", "--ask", f"count=number: {OTHER}", "--every", "2", "--window", "2"]
-
-
-def test_a_scan_goes_to_stdout_as_json_lines(rrvideo, model, clip):
-    code, out, err = rrvideo("scan", clip, "--model", model, *SCAN, "--max-new-tokens", 4, "--fps", 2)
-    questions, schema = {"red": QUESTION, "count": OTHER}, {"red": "yes/no", "count": "number"}
-    windows = scan(
-        VideoQA.load(model), clip, questions, schema=schema, every=2.0, window=2.0, max_new_tokens=4, fps=2.0
-    )
-
-    assert code == 0
-    assert out == "".join(json_line(window, windows) for window in windows)
-    assert err.splitlines() == [f"loading {model}", "scanning clip.mp4"]
-
-
-def test_a_scan_of_several_videos_goes_into_one_file_and_reports_those_that_cannot_be_read(
-    rrvideo, model, clip, tmp_path
-):
-    broken, out_file = tmp_path / "broken.mp4", tmp_path / "events.csv"
-    broken.write_bytes(b"no video at all")
-    argv = ["scan", clip, broken, "sample", "--model", model, *SCAN, "--clip", "2-6", "--max-new-tokens", 4]
-    code, out, err = rrvideo(*argv, "--out", out_file, "--quiet")
-
-    with out_file.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert (code, out) == (1, "")
-    assert [(row["video"], row["start"]) for row in rows] == [
-        (video, start) for video in (clip, str(cli.SAMPLE)) for start in ("2.0", "4.0")
-    ]
-    assert err.startswith("rrvideo: broken.mp4 cannot be read as a video\n")
-    assert err.count("\n") == 2
-
-
-def test_a_window_that_cannot_be_seen_is_told(rrvideo, model, tmp_path):
-    pts = [*range(48), *range(144, 192)]
-    path = write_video(tmp_path / "hole.mp4", numbered_frames(96, width=84, height=56), pts=pts)
-    code, out, err = rrvideo("scan", path, "--model", model, *SCAN, "--max-new-tokens", 4, "--quiet")
-
-    assert code == 0
-    assert [bool(json.loads(line)["error"]) for line in out.splitlines()] == [False, True, True, False]
-    assert err.splitlines() == [
-        f"rrvideo: hole.mp4 {times}: no frame lies in this window" for times in ("0:02-0:04", "0:04-0:06")
-    ]
-
-
-def test_a_file_of_another_scan_is_a_known_failure(rrvideo, model, clip, tmp_path):
-    argv = ["scan", clip, "--model", model, *SCAN, "--out", tmp_path / "events.jsonl", "--quiet"]
-    assert rrvideo(*argv, "--max-new-tokens", 4)[0] == 0
-    code, out, err = rrvideo(*argv, "--max-new-tokens", 5)
-
-    assert (code, out) == (1, "")
-    message, hint = err.splitlines()
-    assert "holds another scan" in message
-    assert "name another file" in hint
-
-
 @pytest.mark.parametrize(
     ("argv", "message", "hint"),
     [
@@ -402,51 +322,6 @@ def test_bench_is_one_of_them(rrvideo, monkeypatch):
     assert "sampling" in out
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_on_a_terminal_one_line_is_written_anew(rrvideo, model, clip, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "40")
-    code, _, _ = rrvideo("ask", clip, QUESTION, "--model", model, "--max-new-tokens", 3)
-    shown = terminal.getvalue()
-
-    assert code == 0
-    assert "\r\033[Kwatching clip.mp4 6 of 6 frames" in shown
-    parts = shown.split("\r\033[K")
-    assert all(len(part) < 40 for part in parts[:-1])
-    assert parts[-1].startswith("\033[2m6 frames")  # the line is cleared before the last word is said
-    assert parts[-1].endswith("\033[0m\n")
-    assert shown.count("\n") == 1
-
-
-def test_frames_and_tokens_that_are_counted_by_turns_are_told_once(rrvideo, model, clip, monkeypatch):
-    watch = VideoQA.watch
-
-    def counting(self, path, *, progress, **options):
-        for done in range(1, 9):
-            progress("decoded", done, 8, 0.1 * done)
-            progress("frames", done, 8, 0.2 * done)
-            progress("tokens", 80 * done, 1640, 0.3 * done)
-        return watch(self, path, **options)
-
-    monkeypatch.setattr(VideoQA, "watch", counting)
-    _, _, err = rrvideo("ask", clip, QUESTION, "--model", model, "--max-new-tokens", 3)
-    assert err.count("watching clip.mp4\n") == 1
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "80")
-    rrvideo("ask", clip, QUESTION, "--model", model, "--max-new-tokens", 3)
-    assert "\r\033[Kwatching clip.mp4 3 of 8 frames, 240 of 1,640 tokens\r" in terminal.getvalue()
-    parts = terminal.getvalue().split("\r\033[K")
-    assert [part for part in parts if "decoded" in part] == ["watching clip.mp4 1 of 8 decoded"]
-    assert len([part for part in parts if "watching" in part]) == 1 + 2 * 8  # nothing is written twice
-
-
 def test_damage_is_told_beside_the_answer(rrvideo, model, tmp_path):
     whole = write_video(
         tmp_path / "whole.mp4",
@@ -461,106 +336,3 @@ def test_damage_is_told_beside_the_answer(rrvideo, model, tmp_path):
     assert code == 0
     assert warnings
     assert err.splitlines() == [f"rrvideo: {warning}" for warning in warnings]
-
-
-def test_doctor_says_what_works_and_what_to_do_about_the_rest(rrvideo, monkeypatch):
-    monkeypatch.setenv("RRVIDEO_MODEL", "my/model")
-    code, out, _ = rrvideo("doctor", "--json")
-    checks = {check["name"]: check for check in json.loads(out)["checks"]}
-
-    assert code == 0
-    assert checks["torch"]["found"] == metadata.version("torch")
-    assert checks["embedded model"]["status"] == "ok"
-    assert checks["default model"]["found"] == "my/model"
-    assert all(check["advice"] for check in checks.values() if check["status"] == "missing")
-    lines = rrvideo("doctor")[1].splitlines()
-    assert sum(line.startswith(("ok ", "note ", "missing ")) for line in lines) == len(checks)
-
-
-def test_doctor_survives_what_it_finds_broken(rrvideo, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.setitem(sys.modules, "decord", None)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr(doctor, "EMBEDDED", tmp_path / "model.safetensors")
-    code, out, _ = rrvideo("doctor", "--json")
-    status = {check["name"]: check["status"] for check in json.loads(out)["checks"]}
-
-    assert code == 1
-    assert [name for name in status if status[name] == "missing"] == ["torch", "av", "embedded model"]
-    assert {status[name] for name in ("decord", "gpu", "real models")} == {"note"}
-
-
-def test_doctor_finds_downloaded_models(monkeypatch, tmp_path):
-    from huggingface_hub import constants
-
-    for name, kind in (("Qwen--Qwen2-VL-2B-Instruct", "qwen2_vl"), ("meta--Llama", "llama")):
-        snapshot = tmp_path / f"models--{name}" / "snapshots" / "abc"
-        snapshot.mkdir(parents=True)
-        (snapshot / "config.json").write_text(json.dumps({"model_type": kind}))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    found = next(check for check in doctor.examine() if check.name == "downloaded")
-
-    assert (found.status, found.found) == ("ok", f"Qwen/Qwen2-VL-2B-Instruct in {tmp_path}")
-
-
-@pytest.mark.parametrize(
-    ("name", "memory", "status", "advice"),
-    [
-        ("NVIDIA H100", 85.0, "ok", "--model Qwen/Qwen2-VL-7B-Instruct"),
-        ("NVIDIA RTX 4090", 25.3, "ok", "--model Qwen/Qwen2-VL-7B-Instruct"),
-        ("NVIDIA RTX 4060", 8.2, "ok", "--model Qwen/Qwen2-VL-2B-Instruct"),
-        ("", 16.8, "note", "--model Qwen/Qwen2-VL-2B-Instruct"),
-        ("", 4.1, "note", "the smallest is Qwen/Qwen2-VL-2B-Instruct"),
-    ],
-    ids=["h100", "4090", "4060", "laptop", "small"],
-)
-def test_doctor_knows_which_models_fit(monkeypatch, name, memory, status, advice):
-    monkeypatch.setattr(doctor, "_accelerator", lambda: (name, memory))
-
-    found = doctor._real_models()
-    assert (found[0], found[2]) == (status, advice)
-
-
-def run_apart(*argv, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "rrvideo", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def test_the_embedded_model_answers_about_the_sample_from_a_cold_start(tmp_path):
-    process = run_apart("ask", "sample", "What appears first?", "--json", cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
-    answer = json.loads(out)["answers"][0]
-
-    assert process.returncode == 0, err
-    assert "Loading weights" not in err
-    assert answer["text"]
-    assert answer["evidence"]
-    assert answer["usage"]["frames"] == 60
-
-
-def test_a_reader_that_has_seen_enough_is_no_failure():
-    with run_apart("info", "sample") as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 141
-
-
-@pytest.fixture
-def interruptible():
-    """What a shell starts in the background ignores interrupts, the tests too; not here."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_an_interrupt_ends_quietly(rrvideo, monkeypatch, model, clip):
-    def interrupt(*_, **__):
-        os.kill(os.getpid(), signal.SIGINT)
-        return Answer
-
-    monkeypatch.setattr(VideoQA, "watch", interrupt)
-    code, out, err = rrvideo("ask", clip, QUESTION, "--model", model, "--quiet")
-
-    assert (code, out, err) == (130, "", "")

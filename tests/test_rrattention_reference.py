@@ -2,69 +2,14 @@
 
 import itertools
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
+from reference import SHAPE_IDS, SHAPES, SMALL, attend, attention_by_rows, estimate, make_qkv, select, starts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import rrattention
-from rrattention import BlockGrid, BlockSelection, RRConfig, dense_attention
-from rrattention.config import MIN_TOKENS
-
-# By itself a CPU takes its fast backend; what is held here is the specification.
-attend, estimate, rr_attention, select = (
-    partial(stage, backend="reference")
-    for stage in (rrattention.attend, rrattention.estimate, rrattention.rr_attention, rrattention.select)
-)
-
-SMALL = RRConfig(block_size=16, stride=4, tau=0.8, min_tokens=0)
-
-# (Lq, Lk, kv_start of two sequences or None): whole, ragged, single, prefixed on and off the grid, padded, both.
-SHAPES = [
-    (64, 64, None),
-    (61, 61, None),
-    (1, 1, None),
-    (1, 50, None),
-    (33, 81, None),
-    (30, 75, None),
-    (70, 70, (0, 23)),
-    (40, 75, (5, 50)),
-    (3, 40, (0, 38)),
-]
-SHAPE_IDS = [f"Lq{lq}-Lk{lk}-start{start}" for lq, lk, start in SHAPES]
-
-
-def make_qkv(query_length, key_length, *, heads=6, kv_heads=2, dim=8, batch=2, dtype=torch.float64, sharpness=2.0):
-    generator = torch.Generator().manual_seed(query_length * 1000 + key_length)
-    q = torch.randn(batch, heads, query_length, dim, generator=generator, dtype=torch.float64) * sharpness
-    k = torch.randn(batch, kv_heads, key_length, dim, generator=generator, dtype=torch.float64)
-    v = torch.randn(batch, kv_heads, key_length, dim, generator=generator, dtype=torch.float64)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def starts(kv_start):
-    return None if kv_start is None else torch.tensor(kv_start)
-
-
-def attention_by_rows(q, k, v, *, causal=True, kv_start=None, allowed=None):
-    """Dense attention in float64, one query at a time; `allowed(b, h, query position, key position)` narrows it."""
-    out = torch.zeros_like(q, dtype=torch.float64)
-    shift = k.shape[2] - q.shape[2]
-    for b, h, r in itertools.product(*map(range, q.shape[:3])):
-        start = int(kv_start[b]) if kv_start is not None else 0
-        position = r + shift - start
-        if position < 0:
-            continue
-        g = h // (q.shape[1] // k.shape[1])
-        last = position + 1 if causal else k.shape[2] - start
-        seen = [p for p in range(last) if allowed is None or allowed(b, h, position, p)]
-        keys, values = k[b, g, start:].double()[seen], v[b, g, start:].double()[seen]
-        out[b, h, r] = torch.softmax(keys @ q[b, h, r].double() / math.sqrt(q.shape[3]), dim=0) @ values
-    return out
+from rrattention import BlockGrid, BlockSelection, RRConfig
 
 
 def scores_by_loops(q, k, config, *, causal=True, kv_start=None):
@@ -275,131 +220,6 @@ def test_a_query_block_with_an_empty_list_returns_zeros():
     assert (out[0, 3, 16:32] == 0).all() and (out != 0).sum() == out.numel() - 16 * 8
 
 
-@pytest.mark.parametrize("length", [1, 63, 127, 128, 129, 1000], ids=lambda length: f"T{length}")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)], ids=lambda heads: f"H{heads}")
-def test_tau_one_equals_dense(length, heads, kv_heads):
-    config = RRConfig(tau=1.0, min_tokens=0)
-    q, k, v = make_qkv(length, length, heads=heads, kv_heads=kv_heads, dim=32, batch=1, dtype=torch.float32)
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    keys, values = (x.double().repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-    logits = (q.double() @ keys.mT / math.sqrt(32)).masked_fill(~mask, -math.inf)
-    out, stats = rr_attention(q, k, v, config=config, return_stats=True)
-    torch.testing.assert_close(out.double(), logits.softmax(-1) @ values, rtol=1e-5, atol=2e-6)
-    assert stats.density().item() == 1.0
-
-
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize(("query_length", "key_length", "kv_start"), SHAPES, ids=SHAPE_IDS)
-def test_tau_one_equals_dense_with_a_prefix_and_padding(query_length, key_length, kv_start, causal):
-    q, k, v = make_qkv(query_length, key_length)
-    config = RRConfig(16, 4, tau=1.0, min_tokens=0)
-    out = rr_attention(q, k, v, config=config, causal=causal, kv_start=starts(kv_start))
-    expected = attention_by_rows(q, k, v, causal=causal, kv_start=kv_start)
-    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("scope", ["row", "heads"])
-def test_a_small_tau_differs_from_dense_and_keeps_tau_of_the_estimated_mass(scope):
-    config = RRConfig(tau=0.6, scope=scope, counted="all", min_tokens=0)
-    q, k, v = make_qkv(1000, 1000, dim=32, dtype=torch.float32, batch=1)
-    out, stats = rr_attention(q, k, v, config=config, return_stats=True)
-    scores = estimate(q, k, config=config)
-    kept = (scores * select(scores, 1000, 1000, config=config).mask()).sum(-1) / scores.sum(-1)
-    assert ((kept if scope == "row" else kept.mean(1)) >= 0.6 - 1e-6).all()
-    assert 0.2 < stats.density(mandatory=False) < stats.density() < 0.9
-    assert (out - dense_attention(q, k, v, scale=32**-0.5)).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_is_as_near_to_float64_as_eager_attention_is(dtype):
-    q, k, v = make_qkv(300, 300, heads=4, kv_heads=4, dim=32, batch=1, dtype=dtype, sharpness=1.0)
-    mask = torch.ones(300, 300, dtype=torch.bool).tril()
-    exact = (q.double() @ k.double().mT / math.sqrt(32)).masked_fill(~mask, -math.inf).softmax(-1) @ v.double()
-    eager = ((q @ k.mT) / math.sqrt(32)).masked_fill(~mask, -math.inf).softmax(-1) @ v
-    out = rr_attention(q, k, v, config=RRConfig(tau=1.0, min_tokens=0))
-    assert out.dtype == dtype
-    assert (out.double() - exact).abs().max() <= (eager.double() - exact).abs().max()
-
-
-@pytest.mark.parametrize("scope", ["row", "heads"])
-@pytest.mark.parametrize("prefix", [0, 32, 40], ids=lambda prefix: f"prefix{prefix}")
-def test_a_padded_sequence_selects_and_returns_what_it_would_alone(scope, prefix):
-    config = RRConfig(16, 4, tau=0.7, scope=scope, min_tokens=0)
-    q, k, v = make_qkv(100, 100 + prefix, batch=4)
-    kv_start = torch.tensor([0, 7, 48, 90])
-    for b, start in enumerate(kv_start.tolist()):
-        k[b, :, :start] = v[b, :, :start] = torch.nan  # whatever lies in the padding
-    batched, stats = rr_attention(q, k, v, config=config, kv_start=kv_start, return_stats=True)
-    selection = select(
-        estimate(q, k, config=config, kv_start=kv_start), 100, 100 + prefix, config=config, kv_start=kv_start
-    )
-    kept = 0
-    for b, start in enumerate(kv_start.tolist()):
-        padding = max(start - prefix, 0)
-        alone = q[b : b + 1, :, padding:], k[b : b + 1, :, start:], v[b : b + 1, :, start:]
-        out, alone_stats = rr_attention(*alone, config=config, return_stats=True)
-        torch.testing.assert_close(batched[b : b + 1, :, padding:], out, rtol=1e-9, atol=1e-12)
-        assert (batched[b, :, :padding] == 0).all()
-        lengths = alone[0].shape[2], alone[1].shape[2]
-        single = select(estimate(*alone[:2], config=config), *lengths, config=config).mask()[0]
-        assert torch.equal(selection.mask()[b, :, : single.shape[1], : single.shape[2]], single)
-        kept += alone_stats.kept
-    assert stats.kept == kept and stats.density() < 1
-
-
-def test_a_sequence_of_nothing_but_padding_is_zeros():
-    q, k, v = make_qkv(40, 40)
-    kv_start = torch.tensor([40, 0])
-    out, stats = rr_attention(q, k, v, config=SMALL, kv_start=kv_start, return_stats=True)
-    assert (out[0] == 0).all() and out[1].isfinite().all()
-    assert stats.visible == 6 * 6
-
-
-@pytest.mark.parametrize("scope", ["row", "heads"])
-@pytest.mark.parametrize("borders", [(0, 64, 128, 200), (0, 16, 176, 192, 200)], ids=str)
-def test_chunked_prefill_selects_exactly_what_one_call_selects(scope, borders):
-    config = RRConfig(16, 4, tau=0.7, scope=scope, min_tokens=150)
-    q, k, v = make_qkv(200, 200, dtype=torch.float32)
-    whole = select(estimate(q, k, config=config), 200, 200, config=config).mask()
-    out = rr_attention(q, k, v, config=config)
-    for start, stop in itertools.pairwise(borders):
-        chunk = config.for_chunk(total_tokens=200, last=stop == 200, device=q.device)
-        args = q[:, :, start:stop], k[:, :, :stop]
-        selection = select(estimate(*args, config=chunk), stop - start, stop, config=chunk).mask()
-        assert torch.equal(selection, whole[:, :, start // 16 : -(-stop // 16), : selection.shape[3]])
-        torch.testing.assert_close(
-            rr_attention(*args, v[:, :, :stop], config=chunk), out[:, :, start:stop], rtol=1e-5, atol=1e-6
-        )
-
-
-def test_a_chunk_is_dense_when_the_whole_prefill_is_too_short():
-    config = RRConfig(16, 4, tau=0.3, min_tokens=150)
-    q, k, v = make_qkv(64, 160)
-    for total, dense in [(140, True), (150, False)]:
-        _, stats = rr_attention(
-            q, k, v, config=config.for_chunk(total_tokens=total, last=False, device=q.device), return_stats=True
-        )
-        assert (stats.density().item() == 1.0) == dense
-
-
-def test_fewer_keys_than_min_tokens_is_dense():
-    q, k, v = make_qkv(90, 99)
-    out, stats = rr_attention(q, k, v, config=RRConfig(16, 4, tau=0.1, min_tokens=100), return_stats=True)
-    torch.testing.assert_close(out, attention_by_rows(q, k, v), rtol=1e-9, atol=1e-12)
-    assert stats.density().item() == stats.density(mandatory=False).item() == 1.0
-    assert stats.kept == 2 * 6 * sum(range(1, 8))
-    q, k, v = make_qkv(91, 100)
-    assert rr_attention(q, k, v, config=RRConfig(16, 4, tau=0.1, min_tokens=100), return_stats=True)[1].density() < 1
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
-def test_without_min_tokens_the_device_says_from_where_on_a_call_is_sparse(device):
-    least = MIN_TOKENS.get(device, MIN_TOKENS["cpu"])
-    for total in (least - 1, least):
-        for config in (RRConfig(), RRConfig().for_chunk(total_tokens=total, last=True, device=torch.device(device))):
-            assert config.sparse(total, torch.device(device)) == (total == least)
-
-
 @pytest.mark.parametrize("sink", [True, False])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(("query_length", "key_length", "kv_start"), SHAPES, ids=SHAPE_IDS)
@@ -409,18 +229,6 @@ def test_the_totals_are_those_of_the_masks(query_length, key_length, kv_start, c
     grid = BlockGrid.of(q, query_length, key_length, config, causal=causal, kv_start=starts(kv_start))
     visible, mandatory = grid.totals(3)
     assert (visible, mandatory) == (3 * grid.visible().sum(), 3 * grid.mandatory().sum())
-
-
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize(
-    ("query_length", "key_length", "kv_start"), [*SHAPES, (600, 610, None)], ids=[*SHAPE_IDS, "Lq600-Lk610"]
-)
-def test_the_dense_path_puts_the_last_query_at_the_last_key(query_length, key_length, kv_start, causal):
-    heads = 1 if query_length == 600 else 6
-    q, k, v = make_qkv(query_length, key_length, heads=heads, kv_heads=min(heads, 2), batch=2 if heads == 6 else 1)
-    out = dense_attention(q, k, v, scale=8**-0.5, causal=causal, kv_start=starts(kv_start))
-    expected = attention_by_rows(q, k, v, causal=causal, kv_start=kv_start)
-    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_density_counts_kept_over_visible_blocks_with_and_without_the_mandatory():
@@ -436,25 +244,6 @@ def test_density_counts_kept_over_visible_blocks_with_and_without_the_mandatory(
     assert selection.density(mandatory=False).item() == pytest.approx(4 / 6)
 
 
-def test_density_is_one_where_there_is_nothing_to_choose():
-    q, k, v = make_qkv(30, 30)  # two blocks: the sink and the diagonal
-    _, stats = rr_attention(q, k, v, config=SMALL, return_stats=True)
-    assert stats.density().item() == stats.density(mandatory=False).item() == 1.0
-
-
-def test_views_with_any_strides_give_the_same_result():
-    q, k, v = make_qkv(70, 70)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    assert not strided[0].is_contiguous()
-    assert torch.equal(rr_attention(*strided, config=SMALL), rr_attention(q, k, v, config=SMALL))
-
-
-def test_scale_acts_on_the_scores_and_on_the_output():
-    q, k, v = make_qkv(70, 70)
-    scaled = rr_attention(q, k, v, config=SMALL, scale=0.1)
-    torch.testing.assert_close(scaled, rr_attention(q * 0.1 * 8**0.5, k, v, config=SMALL), rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("scope", ["row", "heads"])
 def test_estimating_and_selecting_read_nothing_back_from_the_device(scope):
     config = RRConfig(16, 4, scope=scope, min_tokens=0)
@@ -464,29 +253,6 @@ def test_estimating_and_selecting_read_nothing_back_from_the_device(scope):
         scores = estimate(q, k, config=config, kv_start=kv_start)
         stats = select(scores, 70, 90, config=config, kv_start=kv_start).stats()
         assert stats.density(mandatory=False).shape == ()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"q": torch.zeros(2, 70, 8)}, r"q must be floating point .* \[2, 70, 8\]"),
-        ({"q": torch.zeros(2, 6, 70, 8, dtype=torch.int32)}, r"q must be floating point .*int32"),
-        ({"q": torch.zeros(2, 6, 99, 8)}, r"query length .* 70, got 99"),
-        ({"q": torch.zeros(2, 6, 0, 8)}, r"query length .* 70, got 0"),
-        ({"k": torch.zeros(2, 4, 70, 8)}, r"k must .* divides the 6 heads of q, got 4"),
-        ({"k": torch.zeros(1, 2, 70, 8)}, r"k must have the batch.*\[1, 2, 70, 8\]"),
-        ({"k": torch.zeros(2, 2, 70, 8, dtype=torch.float16)}, r"k must have .*float16"),
-        ({"v": torch.zeros(2, 2, 71, 8)}, r"v must have the shape.*71"),
-        ({"kv_start": torch.zeros(3, dtype=torch.long)}, r"kv_start must be \[2\] .* \[3\]"),
-        ({"kv_start": torch.zeros(2)}, r"kv_start must be .*float32"),
-        ({"backend": "cuda"}, r"backend must be one of auto, triton, cpu, reference, got 'cuda'"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_are_named_with_their_value(change, words):
-    arguments = {"q": torch.zeros(2, 6, 70, 8), "k": torch.zeros(2, 2, 70, 8), "v": torch.zeros(2, 2, 70, 8)} | change
-    with pytest.raises(ValueError, match=words):
-        rr_attention(**arguments)
 
 
 def test_stages_refuse_what_was_made_for_other_lengths():
@@ -499,47 +265,8 @@ def test_stages_refuse_what_was_made_for_other_lengths():
         attend(q[:, :, :60], k, v, selection)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("block_size", 0),
-        ("block_size", 100),
-        ("block_size", 128.0),
-        ("stride", 0),
-        ("tau", 0.0),
-        ("tau", 1.5),
-        ("tau", float("nan")),
-        ("scope", "layer"),
-        ("counted", "some"),
-        ("skipped", "kept"),
-        ("min_tokens", -1),
-    ],
-)
-def test_a_wrong_config_names_the_field_and_the_value(field, value):
-    with pytest.raises(ValueError, match=rf"^{field} must .*got .*{value}"):
-        RRConfig(**{field: value})
-
-
-def test_the_papers_rule_is_per_row_of_all_mass_and_drops_the_rest():
-    assert RRConfig.paper() == RRConfig(scope="row", counted="all", skipped="dropped")
-    assert RRConfig.paper(0.9).tau == 0.9
-
-
 def test_an_unknown_way_to_skip_is_named():
     q, k, v = make_qkv(16, 16)
     selection = select(estimate(q, k, config=SMALL), 16, 16, config=SMALL)
     with pytest.raises(ValueError, match="skipped must be one of dropped, pooled, got 'kept'"):
         attend(q, k, v, selection, skipped="kept")
-
-
-def test_importing_rrattention_imports_neither_transformers_nor_triton():
-    code = "import sys, torch; had = set(sys.modules); import rrattention; print(*(set(sys.modules) - had))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    imported = {name.partition(".")[0] for name in run.stdout.split()}
-    assert "rrattention" in imported
-    assert not imported & {"transformers", "triton"}
-
-
-def test_public_names_are_sorted_and_exist():
-    assert rrattention.__all__ == sorted(rrattention.__all__)
-    assert all(hasattr(rrattention, name) for name in rrattention.__all__)

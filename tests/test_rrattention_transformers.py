@@ -1,97 +1,15 @@
 """RRAttention inside Hugging Face decoders: sparse where it may be, exact everywhere else."""
 
 import copy
-import threading
 
 import pytest
 import torch
 import transformers
+from decoders import EXACT, SPARSE, close, differ, logits_with, make_ids, make_model, make_qwen2_vl, video_inputs
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from rrattention import RRConfig
-from rrattention.dense import dense_attention
-from rrattention.transformers import NAME, enable, observe, record, register
-
-SPARSE = RRConfig(block_size=16, stride=4, tau=0.5, min_tokens=0)
-EXACT = RRConfig(block_size=16, stride=4, tau=1.0, min_tokens=0)
-
-TEXT = {
-    "vocab_size": 120,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-VISION_START, VISION_END, VIDEO, IMAGE = 116, 117, 118, 119
-
-
-def make_model(name="Llama", **settings):
-    """Build a small random decoder whose attention is far from uniform."""
-    config = getattr(transformers, f"{name}Config")(**TEXT | settings)
-    return randomize(getattr(transformers, f"{name}ForCausalLM")(config))
-
-
-def make_qwen2_vl():
-    config = transformers.Qwen2VLConfig(
-        text_config=TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        video_token_id=VIDEO,
-        image_token_id=IMAGE,
-    )
-    return randomize(transformers.Qwen2VLForConditionalGeneration(config))
-
-
-def randomize(model):
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=0.3, generator=generator)
-    return model.eval().requires_grad_(False)
-
-
-def make_ids(length, batch=1, seed=0):
-    return torch.randint(1, 110, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def video_inputs(question=20):
-    """6 temporal steps of 8 x 8 patches: 96 visual tokens, between text."""
-    generator = torch.Generator().manual_seed(0)
-    ids = make_ids(10 + question)[0]
-    visual = torch.tensor([VISION_START, *[VIDEO] * 96, VISION_END])
-    ids = torch.cat([ids[:10], visual, ids[10:]])[None]
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": (ids == VIDEO).long() * 2,
-        "pixel_values_videos": torch.randn(6 * 64, 3 * 2 * 14 * 14, generator=generator),
-        "video_grid_thw": torch.tensor([[6, 8, 8]]),
-    }
-
-
-def logits_with(model, implementation, **inputs):
-    """Logits of a copy of `model`, under "sdpa" or an RRConfig."""
-    model = copy.deepcopy(model)
-    if isinstance(implementation, RRConfig):
-        enable(model, implementation)
-    else:
-        model.set_attn_implementation(implementation)
-    return model(**inputs).logits
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def differ(one, other):
-    return (one - other).abs().max() > 0.1
+from rrattention.transformers import NAME, enable, record, register
 
 
 @pytest.fixture(scope="module")
@@ -159,22 +77,6 @@ def test_a_padded_batch_gives_what_each_sequence_gives_alone(make, config):
                 close(step[b], expected[0])
     assert together.density() == one_by_one.density()
     assert (together.density() < 1) == (config is SPARSE)
-
-
-def test_padding_weighs_nothing_in_the_density(llama):
-    model, ids = copy.deepcopy(llama), make_ids(150, batch=2)
-    mask = torch.ones_like(ids)
-    mask[1, :100] = 0
-    densities = []
-    for dense_calls in [[(ids, mask)], [(ids[:1], None), (ids[1:, 100:], None)]]:
-        with record() as prefill:
-            enable(model, SPARSE, "full")
-            for tokens, padding in dense_calls:
-                model(tokens, attention_mask=padding)
-            enable(model, SPARSE)
-            model(ids[:1])
-        densities.append(prefill.density())
-    assert densities[0] == densities[1] < 1
 
 
 def test_decoding_is_exact_after_a_sparse_prefill(llama):
@@ -351,104 +253,3 @@ def test_enable_says_what_is_wrong(llama):
     )
     with pytest.raises(ValueError, match="text decoder"):
         enable(bart, SPARSE)
-
-
-def test_record_counts_prefill_by_layer(llama):
-    model, ids = copy.deepcopy(llama), make_ids(150)
-    enable(model, SPARSE)
-    with record() as outer:
-        with record() as first:
-            model.generate(ids, max_new_tokens=4, do_sample=False)
-        with record() as second:
-            model(make_ids(120, seed=3))
-    model(ids)  # outside: nobody listens
-    assert list(first.layers) == [0, 1]
-    assert all(0.2 < density < 0.9 for density in first.layers.values())
-    assert first.density() == pytest.approx(sum(first.layers.values()) / 2)
-    assert first.density(mandatory=False) < first.density()
-    visible = sum(range(1, 11)), sum(range(1, 9))  # blocks of 150 and 120 tokens
-    share = (first.density() * visible[0] + second.density() * visible[1]) / sum(visible)
-    assert outer.density() == pytest.approx(share)
-
-
-def test_full_attention_is_recorded_with_density_one(llama):
-    model = copy.deepcopy(llama)
-    enable(model, SPARSE, "full")
-    with record() as prefill:
-        close(model(make_ids(150)).logits, llama(make_ids(150)).logits)
-    assert prefill.layers == {0: 1.0, 1: 1.0}
-
-
-def test_nothing_recorded_is_not_a_number():
-    with record() as prefill:
-        pass
-    assert prefill.density() != prefill.density() and prefill.layers == {}
-
-
-def test_threads_record_their_own_prefills(llama):
-    models = [copy.deepcopy(llama) for _ in range(2)]
-    for model, config in zip(models, (SPARSE, EXACT), strict=True):
-        enable(model, config)
-    densities, barrier = {}, threading.Barrier(2)
-
-    def prefill(index):
-        with record() as mine:
-            barrier.wait(timeout=20)
-            models[index](make_ids(150))
-            barrier.wait(timeout=20)
-        densities[index] = mine.density()
-
-    with record() as outside:
-        threads = [threading.Thread(target=prefill, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert densities[0] < 0.9 and densities[1] == 1.0
-    assert outside.layers == {}
-
-
-@pytest.mark.parametrize("attention", ["rr", "full"])
-def test_observers_see_each_call_with_what_attention_is_computed_from(llama, attention):
-    model = make_model(num_hidden_layers=1)
-    enable(model, EXACT, attention)
-    calls = []
-    with observe(lambda *call: calls.append(call)):
-        model.generate(make_ids(50), max_new_tokens=3, do_sample=False)
-    model(make_ids(50))
-    assert [layer for layer, *_ in calls] == [0, 0, 0]
-    assert [(tuple(query.shape), tuple(key.shape)) for _, query, key, *_ in calls] == [
-        ((1, 4, 50, 16), (1, 2, 50, 16)),
-        ((1, 4, 1, 16), (1, 2, 51, 16)),
-        ((1, 4, 1, 16), (1, 2, 52, 16)),
-    ]
-    _, query, key, value, scaling = calls[0]
-    assert value.shape == key.shape
-    model.set_attn_implementation("eager")
-    expected = model(make_ids(50), output_attentions=True).attentions[0][0, :, -1]
-    weights = (query[0, :, -1:] @ key[0].repeat_interleave(2, 0).mT * scaling).softmax(-1)[:, 0]
-    close(weights, expected)
-
-
-def test_what_an_observer_has_computed_is_taken_where_attention_is_plain_and_dense(monkeypatch):
-    model, ids = make_model(num_hidden_layers=1), make_ids(50)
-    enable(model, EXACT, "full")
-    expected = model(ids).logits
-
-    def attend(_, query, key, value, scale):
-        return dense_attention(query, key, value, scale=scale)
-
-    def attend_wrongly(_, query, *rest):
-        return torch.zeros_like(query)
-
-    padded = torch.ones(1, 50, dtype=torch.long)
-    padded[:, :7] = 0
-    hidden = model(ids, attention_mask=padded).logits
-    with observe(attend_wrongly):
-        assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
-        close(model(ids, attention_mask=padded).logits[:, 7:], hidden[:, 7:])
-        enable(model, EXACT, "rr")
-        close(model(ids).logits, expected)
-    enable(model, EXACT, "full")
-    with observe(attend):
-        close(model(ids).logits, expected)

@@ -1,0 +1,25 @@
+"""Fixtures of the tests that give command lines; they name this a plugin."""
+
+import pytest
+
+from rrvideo import cli
+
+
+@pytest.fixture
+def rrvideo(capsys):
+    """Run a command line; returns the exit code, stdout and stderr."""
+
+    def run(*argv):
+        try:
+            code = cli.main([str(each) for each in argv])
+        except SystemExit as end:  # argparse
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def no_settings(monkeypatch):
+    for name in ("RRVIDEO_MODEL", "RRVIDEO_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
