@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint
 from clips import numbered_frames, write_video
 
 from rrvideo import VideoQA, budget, cli
@@ -20,16 +19,6 @@ pytest_plugins = ["commands"]
 pytestmark = pytest.mark.usefixtures("no_settings")
 QUESTION = "What colour is the circle?"
 OTHER = "How many scenes are there?"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(make_checkpoint(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56)))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import make_checkpoint
-from clips import numbered_frames, write_video
 
 from rrvideo import VideoQA
 from rrvideo.pipeline import Answer
@@ -17,16 +15,6 @@ from rrvideo.pipeline import Answer
 pytest_plugins = ["commands"]
 pytestmark = pytest.mark.usefixtures("no_settings")
 QUESTION = "What colour is the circle?"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(make_checkpoint(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56)))
 
 
 class Terminal(io.StringIO):

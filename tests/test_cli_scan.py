@@ -4,7 +4,6 @@ import csv
 import json
 
 import pytest
-from checkpoints import make_checkpoint
 from clips import numbered_frames, write_video
 
 from rrvideo import VideoQA, cli
@@ -16,16 +15,6 @@ pytestmark = pytest.mark.usefixtures("no_settings")
 QUESTION = "What colour is the circle?"
 OTHER = "How many scenes are there?"
 SCAN = ["--ask", f"red=yes/no: {QUESTION}", "--ask", f"count=number: {OTHER}", "--every", "2", "--window", "2"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(make_checkpoint(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56)))
 
 
 def test_a_scan_goes_to_stdout_as_json_lines(rrvideo, model, clip):

@@ -143,9 +143,8 @@ def attend(
     last = selection.indices.flatten(0, 2).gather(1, (counts[:, None].long() - 1).clamp(min=0))
     last = last.long().masked_fill_((counts == 0)[:, None], 0)  # [rows, 1]
 
-    room = max(1, COPIED_PER_THREAD * torch.get_num_threads() // (size * dim))  # blocks of one step
-    part = max(1, COPIED_PER_LIST // (size * dim))  # of which so many are for one list
-    mixer = _Mixer(_query_to_grid(query, grid).reshape(-1, size, dim), scale, room * size)
+    mixer = _Mixer(_query_to_grid(query, grid).reshape(-1, size, dim), scale)
+    room, part = mixer.room, mixer.part
 
     # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
     if grid.causal:
@@ -184,12 +183,16 @@ def attend(
 class _Mixer:
     """The attention of `queries` [rows, block, D] over all keys that were mixed in so far: `out`, of the same shape.
 
-    Rows that nothing was mixed into are zeros. There is room to copy so many keys, and their values, at a time.
+    Rows that nothing was mixed into are zeros. A step has room for so many blocks of keys, and as many of values, of
+    which a part are for one list.
     """
 
-    def __init__(self, queries: Tensor, scale: float, room: int) -> None:
+    def __init__(self, queries: Tensor, scale: float) -> None:
         self.queries, self.scale = queries, scale
-        self.buffers = queries.new_empty(2, room * queries.shape[2])
+        block = queries.shape[1] * queries.shape[2]
+        self.room = max(1, COPIED_PER_THREAD * torch.get_num_threads() // block)
+        self.part = max(1, COPIED_PER_LIST // block)
+        self.buffers = queries.new_empty(2, self.room * block)
         self.out = torch.zeros_like(queries)
         accumulate = torch.promote_types(queries.dtype, torch.float32)
         self.logsumexp = torch.full(queries.shape[:2], -torch.inf, dtype=accumulate)  # of the scores of those keys
@@ -200,7 +203,7 @@ class _Mixer:
         A copy, [n, part * block, D], lasts until the next one.
         """
         _, size, dim = self.queries.shape
-        for columns in listed.split(max(1, COPIED_PER_LIST // (size * dim)), dim=1):
+        for columns in listed.split(self.part, dim=1):
             copies = tuple(buffer[: columns.numel() * size * dim].view(-1, size * dim) for buffer in self.buffers)
             for source, copy in zip(sources, copies, strict=True):
                 torch.index_select(source, 0, columns.flatten(), out=copy)
@@ -254,11 +257,14 @@ def _windows(rows: Tensor, heads: int, blocks: int) -> Tensor:
 
 
 def _batches(kept: Tensor, room: int, part: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield which lists of `kept` [lists, blocks] have parts of one length, [n], and the blocks of these, [n, m]."""
+    """Yield which lists of `kept` [lists, blocks] to go through, [n], and as many blocks of each, [n, m].
+
+    First what of each makes whole parts, then the rest. A part of each of the n takes no more than the `room`.
+    """
     blocks, counts = kept.nonzero()[:, 1], kept.sum(dim=1)
     starts, whole = counts.cumsum(dim=0) - counts, counts // part * part
-    for listed, begins in ((whole, starts), (counts - whole, starts + whole)):
-        lengths, order = listed.sort(stable=True)
+    for taken, begins in ((whole, starts), (counts - whole, starts + whole)):
+        lengths, order = taken.sort(stable=True)
         lengths, many = lengths.unique_consecutive(return_counts=True)
         for length, lists in zip(lengths.tolist(), order.split(many.tolist()), strict=True):
             if length:
