@@ -155,9 +155,12 @@ def test_chunks_select_the_blocks_of_one_pass_and_give_its_logits(
     assert (ours - theirs).norm() <= (1e-12 if dtype == "float64" else 1e-4) * theirs.norm()
 
 
-@pytest.mark.parametrize("chunk", [1, BLOCK, 5 * BLOCK + 3, 10**6])
-def test_every_chunk_begins_at_a_block_and_the_last_is_no_shorter_than_one(sparse, clip, monkeypatch, chunk):
+@pytest.mark.parametrize("chunk", [1, BLOCK, 5 * BLOCK + 3, 8 * BLOCK, 10**6])
+def test_every_chunk_begins_at_a_block_and_the_last_ones_are_shorter_but_no_less_than_one(
+    sparse, clip, monkeypatch, chunk
+):
     monkeypatch.setattr(engine, "chunk_tokens", lambda device: chunk)
+    monkeypatch.setattr(engine, "CHUNK_TOKENS", max(chunk // 4, BLOCK))
     sizes, forward = [], Checkpoint.forward
     monkeypatch.setattr(
         Checkpoint,
@@ -166,8 +169,12 @@ def test_every_chunk_begins_at_a_block_and_the_last_is_no_shorter_than_one(spars
     )
     watched = engine.watch(sparse, read_frames(plan_for(sparse, clip, fps=1.0)))
 
-    assert sum(sizes) == len(watched.prefix)
-    assert all(size == max(chunk // BLOCK, 1) * BLOCK for size in sizes[:-1])
+    left = [sum(sizes[number:]) for number in range(len(sizes))]
+    full = max(chunk // BLOCK, 1) * BLOCK
+    assert left[0] == len(watched.prefix)
+    assert all(size % BLOCK == 0 for size in sizes[:-1])
+    assert all(size == full for size, rest in zip(sizes, left, strict=True) if rest >= 2 * full)
+    assert all(size <= max(rest / 2, full / 4, BLOCK) for size, rest in zip(sizes[:-1], left, strict=False))
     assert sizes[-1] >= BLOCK
 
 

@@ -15,7 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def main() -> int:
     """Parse the shape, run each way by turns, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="2b")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072], help="visual tokens, about")
+    parser.add_argument("--tokens", type=int, nargs="+", help="visual tokens, about; of --video, at most")
     parser.add_argument("--tau", type=float, nargs="+", default=[0.95, 0.3])
     parser.add_argument("--chunk", type=int, help="tokens that are prefilled at a time (default: the engine's choice)")
     parser.add_argument(
@@ -70,10 +70,13 @@ def main() -> int:
     print(machine(arguments.device))
     if arguments.video:
         found = overlap(checkpoint, arguments)
-        finish({"benchmark": "watch", "machine": machine(arguments.device), "shape": arguments.shape} | found, None)
+        finish(
+            {"benchmark": "watch", "machine": machine(arguments.device), "shape": arguments.shape} | found,
+            arguments.json,
+        )
         return 0
     rows: list[dict[str, Any]] = []
-    for tokens in arguments.tokens:
+    for tokens in arguments.tokens or [32768, 131072]:
         if arguments.answers:
             found = time_evidence(checkpoint, tokens, arguments)
             print(f"{tokens:,} visual tokens, a question of {QUESTION}\n{table(found, EVIDENCE_COLUMNS)}", flush=True)
@@ -96,6 +99,9 @@ def overlap(checkpoint: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     from rrvideo.bench_engine import first_answer
 
     enable(checkpoint.model, RRConfig(tau=arguments.tau[0]))
+    if arguments.tokens:
+        limits = replace(checkpoint.limits, total_pixels=arguments.tokens[0] * checkpoint.limits.factor**2)
+        checkpoint = replace(checkpoint, limits=limits)
     sampling = {"fps": 1000.0, "max_frames": arguments.frames, "timestamps": False}
     found = first_answer(VideoQA(checkpoint), arguments.video, sampling, arguments.repeats)
     return found | {
