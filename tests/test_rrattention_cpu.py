@@ -81,8 +81,8 @@ def dtype_of_steps(request, monkeypatch):
 
 def smallest_steps(monkeypatch):
     monkeypatch.setattr(cpu, "SCORES_PER_THREAD", 1)
-    monkeypatch.setattr(cpu, "COPIED_PER_THREAD", 1)
-    monkeypatch.setattr(cpu, "COPIED_PER_LIST", 1)
+    monkeypatch.setattr(cpu, "LISTS_PER_STEP", 1)
+    monkeypatch.setattr(cpu, "KEYS_PER_STEP", 1)
 
 
 @cache

@@ -2,17 +2,15 @@
 
 What makes it fast, each point measured against its alternatives:
 
-- Kept blocks are copied to lie side by side, and PyTorch's own fused attention goes over them, for many query blocks at
-  a time: lists of equal length are one batch, whatever head they belong to, without padding.
-- What many query blocks keep, neighbours in one head and those of a group of heads, is copied once for all of them:
-  where more queries see the same keys, that attention makes more of the processor.
-- It passes over the keys several times, for some queries each time. So a list comes in parts that a core's own cache
-  holds: on a server whose shared cache is busy with the work of others, reading them from there is what takes the time.
-- It takes no mask there. The last block of each list, where one may be needed, and the means of what was left out are
-  attended to apart. All these parts are joined by the logsumexps of their scores.
-- A step works on what fits in the caches, and its buffers are made once: fresh memory costs more than copying does.
+- `attend` is matrix products, for whose speed it is enough that a block of queries meets a few blocks of keys at a
+  time. PyTorch's own fused attention wants a thousand queries to the same keys, which no two lists offer.
+- Kept blocks are copied to lie side by side, a few of each list: what a step reads and writes stays in the caches.
+- Threads of our own share the lists, and each runs PyTorch without further threads: none waits for another before all
+  is done. PyTorch's threads meet at the end of every operation, which costs most where something else needs the cores.
+- No maximum is looked for: scores are taken relative to that of one key that every query sees.
+- Buffers are made once: fresh memory costs more than copying does.
 
-Estimates of half precision are made in float32. `attend` multiplies in the inputs' own dtype and sums in float32.
+Half precision is worked on in float32, whose products are as fast but on CPUs with matrix units.
 
 Shapes: B batch, H query heads, K key heads, G = H / K query heads to a key head, L length, D head dim, S stride.
 """
@@ -20,7 +18,11 @@ Shapes: B batch, H query heads, K key heads, G = H / K query heads to a key head
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,12 +32,10 @@ from rrattention.blocks import BlockGrid, BlockSelection
 from rrattention.config import RRConfig, Skipped
 
 SCORES_PER_THREAD = 1 << 18  # of one step of `estimate`: 1 MiB of float32
-COPIED_PER_THREAD = 1 << 18  # numbers of keys, and as many of values, of one step of `attend`
-COPIED_PER_LIST = 1 << 16  # of which so many are for one list: 512 KiB of float32 with the values
+LISTS_PER_STEP = 8  # of one step of `attend` in one thread
+KEYS_PER_STEP = 512  # of each of these lists
+MOST_WEIGHT = 2.0**60  # of the keys of one step, relative to that of the key that all are compared with
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x log2 e)
-
-# What scaled_dot_product_attention runs on CPUs. It also returns the logsumexp of each query's scores, [B, H, L].
-_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @torch.no_grad()
@@ -126,150 +126,166 @@ def attend(
     scale: float,
     skipped: Skipped = "dropped",
 ) -> Tensor:
-    """Softmax attention of each query block over its kept blocks, as exact as PyTorch's own in the inputs' dtype.
+    """Softmax attention of each query block over its kept blocks, in float32 or the inputs' dtype where that is wider.
 
     With `skipped="pooled"` the mean key and value of every whole block that is visible and not kept take part, too.
     Returns [B, H, Lq, D] in the dtype of `query`; rows that see no key, padding among them, are zeros.
     """
     grid, size = selection.grid, selection.grid.block_size
     (batch, heads, _, dim), group = query.shape, query.shape[1] // key.shape[1]
-    blocks = tuple(_key_to_grid(x, grid).reshape(-1, size * dim) for x in (key, value))  # [B * K * key_blocks, ...]
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    sources = tuple(_key_to_grid(x, grid).reshape(-1, size * dim) for x in (key, value))  # [B * K * key_blocks, ...]
 
     # From here on a row is one query block of one head and sequence, [B * H * query_blocks, ...].
-    per_row = (batch, heads, grid.query_blocks)
-    counts = selection.counts.flatten()
+    queries = _query_to_grid(query, grid).reshape(-1, size, dim)
+    out = torch.zeros_like(queries)
+    counts = selection.counts.flatten().long()
+    listed = torch.arange(selection.indices.shape[-1]) < counts[:, None]
+    blocks = selection.indices.flatten(0, 2).long().where(listed, 0)  # [rows, most]
     key_head = torch.arange(len(counts)) // grid.query_blocks // group  # among those of all sequences
     first_block = (key_head * grid.key_blocks)[:, None]
-    last = selection.indices.flatten(0, 2).gather(1, (counts[:, None].long() - 1).clamp(min=0))
-    last = last.long().masked_fill_((counts == 0)[:, None], 0)  # [rows, 1]
-
-    mixer = _Mixer(_query_to_grid(query, grid).reshape(-1, size, dim), scale)
-    room, part = mixer.room, mixer.part
-
-    # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
-    if grid.causal:
-        own = grid.query_block()[:, None, :, 0].expand(per_row).flatten()
-        on_diagonal = last[:, 0] == own  # but in a selection of the caller's own
-        for causal, chosen in ((True, on_diagonal), (False, ~on_diagonal)):
-            for rows in (chosen & (counts > 0)).nonzero()[:, 0].split(room):
-                mixer.mix(rows[:, None], mixer.beside(blocks, first_block[rows] + last[rows]), causal=causal)
-    else:
-        length = grid.length[:, None, None].expand(per_row).flatten()[:, None]
-        beyond = last * size + torch.arange(size) >= length  # [rows, keys of a block]
-        for rows in counts.nonzero()[:, 0].split(room):
-            mixer.mix(rows[:, None], mixer.beside(blocks, first_block[rows] + last[rows]), hidden=beyond[rows])
+    per_row = (batch, heads, grid.query_blocks)
+    query_block, length = (
+        x.expand(per_row).flatten()[:, None] for x in (grid.query_block()[:, None, :, 0], grid.length[:, None, None])
+    )
     if skipped == "pooled":
-        means = tuple(_means(x.view(-1, grid.key_blocks, size, dim)) for x in blocks)  # [B * K, key_blocks, D]
+        means = tuple(x.view(-1, size, dim).mean(dim=1, dtype=accumulate) for x in sources)  # [B * K * key_blocks, D]
         left_out = selection.left_out().flatten(0, 2)  # [rows, key_blocks]
-        some = left_out.any(dim=1) & (counts > 0)
-        for head in key_head[some].unique().tolist():
-            for rows in (some & (key_head == head)).nonzero()[:, 0].split(room):
-                reach = int(left_out[rows].any(dim=0).nonzero()[-1]) + 1
-                seen = tuple(x[head, None, :reach].expand(len(rows), -1, -1) for x in means)
-                mixer.mix(rows[:, None], [seen], hidden=~left_out[rows, :reach], stands_for=size)
 
-    # What many queries keep is taken from their lists and attended to by them together, then what fewer do.
-    kept = selection.mask().flatten(0, 2).scatter_(1, last, False)  # [rows, key_blocks]
-    rows = torch.arange(len(counts)).view(-1, group, grid.query_blocks)  # of each key head
-    for together in ((group, 2), (1, 8), (1, 2), (2, 1), (1, 1)):  # heads, query blocks
-        windows = _windows(rows, *together)
-        lists = kept[windows].all(dim=1)
-        kept[windows.flatten()] &= ~lists.repeat_interleave(windows.shape[1], dim=0)
-        for some, columns in _batches(lists, room, part):
-            mixer.mix(windows[some], mixer.beside(blocks, first_block[windows[some, 0]] + columns))
-    return _shift_rows(mixer.out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
+    def attend_rows(rows: Tensor, step: _Step) -> Tensor:
+        """Attend with the query blocks `rows` [n], whose lists are about equally long: the first is the longest."""
+        n, kept, offset = len(rows), counts[rows, None], first_block[rows]
+        last = blocks[rows].gather(1, kept - 1)
+        keys, values = step.beside(sources, offset + last)
+        softmax = _Softmax(
+            queries[rows].to(accumulate) * (scale * LOG2_E), keys[:, :1], step
+        )  # its first key: all see it
+        # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
+        reach = query_block[rows] * size + torch.arange(size) if grid.causal else length[rows] - 1  # [n, queries or 1]
+        position = last * size + torch.arange(size)
+        softmax.add(keys, values, hidden=position[:, None] > reach[:, :, None])
+
+        columns = torch.arange(int(kept[0]) - 1)
+        for part in columns.split(max(1, KEYS_PER_STEP // size)):
+            spare = part >= kept - 1  # shorter lists have ended
+            hidden = spare.repeat_interleave(size, dim=1)[:, None] if spare.any() else None
+            softmax.add(*step.beside(sources, offset + blocks[rows[:, None], part]), hidden=hidden)
+        if skipped == "pooled":
+            gone = left_out[rows]
+            for part in gone.any(dim=0).nonzero()[:, 0].split(KEYS_PER_STEP):
+                seen = (x[(offset + part).flatten()].view(n, -1, dim) for x in means)
+                softmax.add(*seen, hidden=~gone[:, None, part], times=size)
+        return softmax.result()
+
+    order = counts.argsort(descending=True, stable=True)[: int(counts.count_nonzero())]
+    threads = torch.get_num_threads()
+    groups = iter(order.split(min(LISTS_PER_STEP, len(order) // (4 * threads) + 1)))
+
+    def work(_: int) -> None:
+        with torch.inference_mode():  # of each thread
+            step = _Step(size, dim, accumulate)
+            for rows in groups:  # whichever are next: threads need not be equally fast
+                out.index_copy_(0, rows, attend_rows(rows, step).to(out.dtype))
+
+    _in_threads(work, threads)
+    return _shift_rows(out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
 
-class _Mixer:
-    """The attention of `queries` [rows, block, D] over all keys that were mixed in so far: `out`, of the same shape.
+class _Step:
+    """The buffers of one thread of `attend`, for LISTS_PER_STEP lists and KEYS_PER_STEP keys of each."""
 
-    Rows that nothing was mixed into are zeros. A step has room for so many blocks of keys, and as many of values, of
-    which a part are for one list.
+    def __init__(self, size: int, dim: int, dtype: torch.dtype) -> None:
+        keys = max(KEYS_PER_STEP, size)
+        self.copies = torch.empty(2, LISTS_PER_STEP * keys // size, size * dim, dtype=dtype)
+        self.scores = torch.empty(LISTS_PER_STEP * size * keys, dtype=dtype)
+        self.dim = dim
+
+    def beside(self, sources: tuple[Tensor, Tensor], listed: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy the blocks of both `sources` [blocks, block * D] that are `listed` [n, m]: [n, m * block, D] each.
+
+        The copies last until the next ones.
+        """
+        flat = listed.flatten()
+        for source, copy in zip(sources, self.copies[:, : len(flat)], strict=True):
+            if source.dtype == copy.dtype:
+                torch.index_select(source, 0, flat, out=copy)
+            else:
+                copy.copy_(source.index_select(0, flat))
+        keys, values = self.copies[:, : len(flat)].view(2, len(listed), -1, self.dim)
+        return keys, values
+
+
+class _Softmax:
+    """The attention of `queries` [n, T, D] over keys that are added a few at a time; scores are base-2 logarithms.
+
+    The weight of a key is taken relative to one whose score is `top` [n, T, 1], at first that of `common` [n, 1, D],
+    which every query must see. Where keys come that outweigh it by far, it is raised.
     """
 
-    def __init__(self, queries: Tensor, scale: float) -> None:
-        self.queries, self.scale = queries, scale
-        block = queries.shape[1] * queries.shape[2]
-        self.room = max(1, COPIED_PER_THREAD * torch.get_num_threads() // block)
-        self.part = max(1, COPIED_PER_LIST // block)
-        self.buffers = queries.new_empty(2, self.room * block)
-        self.out = torch.zeros_like(queries)
-        accumulate = torch.promote_types(queries.dtype, torch.float32)
-        self.logsumexp = torch.full(queries.shape[:2], -torch.inf, dtype=accumulate)  # of the scores of those keys
+    def __init__(self, queries: Tensor, common: Tensor, step: _Step) -> None:
+        self.queries, self.room = queries, step.scores
+        self.top = queries @ common.mT
+        self.total = torch.zeros_like(self.top)
+        self.sum = torch.zeros_like(queries)
 
-    def beside(self, sources: tuple[Tensor, ...], listed: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Copy the blocks of each of `sources` [blocks, block * D] that are `listed` [n, m], a part of m at a time.
+    def add(self, keys: Tensor, values: Tensor, *, hidden: Tensor | None = None, times: int = 1) -> None:
+        """Add keys and their values, [n, m, D]; none sees those that are `hidden` [n, T or 1, m].
 
-        A copy, [n, part * block, D], lasts until the next one.
+        Each key stands for so many `times` as many that are alike.
         """
-        _, size, dim = self.queries.shape
-        for columns in listed.split(self.part, dim=1):
-            copies = tuple(buffer[: columns.numel() * size * dim].view(-1, size * dim) for buffer in self.buffers)
-            for source, copy in zip(sources, copies, strict=True):
-                torch.index_select(source, 0, columns.flatten(), out=copy)
-            yield tuple(copy.view(len(columns), -1, dim) for copy in copies)
+        weights = self._scores(keys, hidden, times).exp2_()
+        totals = weights.sum(dim=2, keepdim=True)
+        if (totals > MOST_WEIGHT).any():
+            scores = self._scores(keys, hidden, times)
+            rise = scores.amax(dim=2, keepdim=True).clamp_(min=0.0)
+            self.top += rise
+            self.total.mul_(rise.neg().exp2_())
+            self.sum.mul_(rise.neg().exp2_())
+            weights = scores.sub_(rise).exp2_()
+            totals = weights.sum(dim=2, keepdim=True)
+        self.total += totals
+        self.sum.baddbmm_(weights, values)
 
-    def mix(
-        self,
-        rows: Tensor,
-        parts: Iterable[tuple[Tensor, ...]],
-        *,
-        causal: bool = False,
-        hidden: Tensor | None = None,
-        stands_for: int = 1,
-    ) -> None:
-        """Let the query `rows` [n, g] attend to more keys and their values, [n, m, D] in each part, g rows to the same.
+    def result(self) -> Tensor:
+        """[n, T, D]."""
+        return self.sum.div_(self.total)
 
-        `causal`: query t of a block sees keys 0 to t. `hidden` [n, m] are keys that none sees. Each key stands for so
-        many that are alike.
-        """
-        (n, together), (_, size, dim) = rows.shape, self.queries.shape
-        if not n:
-            return
-        flat = rows.flatten()
-        queries = self.queries.index_select(0, flat).view(n, 1, together * size, dim)
-        out, logsumexp = self.out.index_select(0, flat), self.logsumexp.index_select(0, flat)
-        bias = None
-        if hidden is not None:
-            bias = torch.zeros(hidden.shape, dtype=queries.dtype).masked_fill_(hidden, -torch.inf)
-            bias = bias[:, None, None].expand(-1, -1, queries.shape[2], -1)
-        for keys, values in parts:
-            more, scored = _fused(
-                queries, keys[:, None], values[:, None], is_causal=causal, attn_mask=bias, scale=self.scale
-            )
-            scored = scored.reshape(-1, size) + math.log(stands_for)
-            share = (scored - logsumexp).sigmoid_().to(out.dtype)
-            out.lerp_(more.reshape(-1, size, dim), share[..., None])
-            logsumexp = torch.logaddexp(logsumexp, scored)
-        self.out.index_copy_(0, flat, out)
-        self.logsumexp.index_copy_(0, flat, logsumexp)
+    def _scores(self, keys: Tensor, hidden: Tensor | None, times: int) -> Tensor:
+        """Relative to `top`, [n, T, m]; they last until the next ones."""
+        (n, queries, _), m = self.queries.shape, keys.shape[1]
+        scores = self.room[: n * queries * m].view(n, queries, m)
+        torch.baddbmm(math.log2(times) - self.top, self.queries, keys.mT, out=scores)
+        return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
-def _means(blocks: Tensor) -> Tensor:
-    return blocks.mean(dim=2, dtype=torch.promote_types(blocks.dtype, torch.float32)).to(blocks.dtype)
+def _in_threads(work: Callable[[int], None], threads: int) -> None:
+    """Run `work` in so many threads at once, in which PyTorch starts none."""
+    if threads == 1:
+        work(0)
+    else:
+        list(_threads(threads).map(work, range(threads)))
 
 
-def _windows(rows: Tensor, heads: int, blocks: int) -> Tensor:
-    """Sets of so many heads and neighbouring blocks of `rows` [B * K, G, query_blocks]: [sets, rows], none in two."""
-    if heads > rows.shape[1] or blocks > rows.shape[2]:
-        return rows.new_empty(0, heads * blocks)
-    return rows.unfold(1, heads, heads).unfold(2, blocks, blocks).flatten(3).flatten(0, 2)
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """So many threads that run PyTorch without further threads; they are kept for the next call."""
+    everywhere, ready = torch.get_num_threads(), threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # what first uses PyTorch in a thread takes over the setting for all of them
+        torch.set_num_threads(1)  # for this thread, and for those that have yet to use PyTorch
+        ready.wait()
+
+    pool = ThreadPoolExecutor(count, "rrattention", initializer=begin)
+    for _ in range(count):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(everywhere)
+    return pool
 
 
-def _batches(kept: Tensor, room: int, part: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield which lists of `kept` [lists, blocks] to go through, [n], and as many blocks of each, [n, m].
-
-    First what of each makes whole parts, then the rest. A part of each of the n takes no more than the `room`.
-    """
-    blocks, counts = kept.nonzero()[:, 1], kept.sum(dim=1)
-    starts, whole = counts.cumsum(dim=0) - counts, counts // part * part
-    for taken, begins in ((whole, starts), (counts - whole, starts + whole)):
-        lengths, order = taken.sort(stable=True)
-        lengths, many = lengths.unique_consecutive(return_counts=True)
-        for length, lists in zip(lengths.tolist(), order.split(many.tolist()), strict=True):
-            if length:
-                for some in lists.split(max(1, room // min(length, part))):
-                    yield some, blocks[begins[some, None] + torch.arange(length)]
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of its parent's threads
 
 
 def _budget() -> int:
