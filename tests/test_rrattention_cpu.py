@@ -3,6 +3,8 @@
 import ast
 import inspect
 import itertools
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -94,6 +96,16 @@ def scores_of(case, causal):
 def close(actual, expected, dtype=torch.float32):
     rtol, atol = {torch.float64: (1e-10, 1e-12), torch.float32: (2e-5, 5e-6)}[dtype]
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def same_blocks(actual, expected):
@@ -247,6 +259,45 @@ def test_inputs_that_track_gradients_are_taken():
     assert not out.requires_grad and out.isfinite().all()
 
 
+def test_inference_mode_changes_nothing():
+    q, k, v = SMALL.qkv()
+    expected = rr_attention(q, k, v, config=SMALL.config(), backend="cpu")
+    with torch.inference_mode():
+        out = rr_attention(*(x.clone() for x in (q, k, v)), config=SMALL.config(), backend="cpu")
+    assert torch.equal(out, expected)
+
+
+def test_its_threads_start_no_others_and_leave_the_rest_of_the_program_its_own():
+    def number():
+        with ThreadPoolExecutor(1) as fresh:
+            return torch.get_num_threads(), fresh.submit(torch.get_num_threads).result()
+
+    before, inside = number(), set()
+    cpu._in_threads(lambda _: inside.add(torch.get_num_threads()), 3)
+    assert inside == {1}
+    assert number() == before
+
+
+def test_any_number_of_threads_gives_the_same():
+    case = Case(1000, 1000)
+    q, k, v = case.qkv()
+    outs = []
+    for number in (1, 2, 3):
+        with threads(number):
+            outs.append(rr_attention(q, k, v, config=case.config(), backend="cpu"))
+    close(outs[1], outs[0])
+    close(outs[2], outs[0])
+
+
+def test_what_goes_wrong_in_a_thread_reaches_the_caller():
+    def work(number):
+        if number == 1:
+            raise ValueError("the second thread's")
+
+    with pytest.raises(ValueError, match="the second thread's"):
+        cpu._in_threads(work, 2)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the number of elements of the largest tensor that any operation returns."""
 
@@ -264,7 +315,7 @@ def test_memory_grows_linearly_with_the_length(monkeypatch):
     largest = []
     for length in (1024, 2048, 4096):
         q, k, v = Case(length, length, heads=2, kv_heads=1, dim=16).qkv()
-        with LargestTensor() as mode:
+        with threads(1), LargestTensor() as mode:  # which sees what its own thread does
             rr_attention(q, k, v, config=RRConfig(64, 8, min_tokens=0), backend="cpu")
         largest.append(mode.elements)
     assert largest[1] <= 2 * largest[0] and largest[2] <= 2 * largest[1]

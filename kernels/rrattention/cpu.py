@@ -18,7 +18,6 @@ Shapes: B batch, H query heads, K key heads, G = H / K query heads to a key head
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -139,9 +138,7 @@ def attend(
     # From here on a row is one query block of one head and sequence, [B * H * query_blocks, ...].
     queries = _query_to_grid(query, grid).reshape(-1, size, dim)
     out = torch.zeros_like(queries)
-    counts = selection.counts.flatten().long()
-    listed = torch.arange(selection.indices.shape[-1]) < counts[:, None]
-    blocks = selection.indices.flatten(0, 2).long().where(listed, 0)  # [rows, most]
+    indices, counts = selection.indices.flatten(0, 2), selection.counts.flatten().long()
     key_head = torch.arange(len(counts)) // grid.query_blocks // group  # among those of all sequences
     first_block = (key_head * grid.key_blocks)[:, None]
     per_row = (batch, heads, grid.query_blocks)
@@ -152,24 +149,24 @@ def attend(
         means = tuple(x.view(-1, size, dim).mean(dim=1, dtype=accumulate) for x in sources)  # [B * K * key_blocks, D]
         left_out = selection.left_out().flatten(0, 2)  # [rows, key_blocks]
 
-    def attend_rows(rows: Tensor, step: _Step) -> Tensor:
+    def attend_rows(rows: Tensor, buffers: _Buffers) -> Tensor:
         """Attend with the query blocks `rows` [n], whose lists are about equally long: the first is the longest."""
         n, kept, offset = len(rows), counts[rows, None], first_block[rows]
-        last = blocks[rows].gather(1, kept - 1)
-        keys, values = step.beside(sources, offset + last)
-        softmax = _Softmax(
-            queries[rows].to(accumulate) * (scale * LOG2_E), keys[:, :1], step
-        )  # its first key: all see it
+        columns = torch.arange(int(kept[0]))
+        blocks = indices[rows[:, None], columns].long().where(columns < kept, 0)  # [n, most]
+        last = blocks.gather(1, kept - 1)
+        keys, values = buffers.beside(sources, offset + last)
+        scaled = queries[rows].to(accumulate) * (scale * LOG2_E)
+        softmax = _Softmax(scaled, keys[:, :1], buffers)  # every query sees the first key of its last block
+
         # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
         reach = query_block[rows] * size + torch.arange(size) if grid.causal else length[rows] - 1  # [n, queries or 1]
         position = last * size + torch.arange(size)
         softmax.add(keys, values, hidden=position[:, None] > reach[:, :, None])
-
-        columns = torch.arange(int(kept[0]) - 1)
-        for part in columns.split(max(1, KEYS_PER_STEP // size)):
+        for part in columns[:-1].split(max(1, KEYS_PER_STEP // size)):
             spare = part >= kept - 1  # shorter lists have ended
             hidden = spare.repeat_interleave(size, dim=1)[:, None] if spare.any() else None
-            softmax.add(*step.beside(sources, offset + blocks[rows[:, None], part]), hidden=hidden)
+            softmax.add(*buffers.beside(sources, offset + blocks[:, part]), hidden=hidden)
         if skipped == "pooled":
             gone = left_out[rows]
             for part in gone.any(dim=0).nonzero()[:, 0].split(KEYS_PER_STEP):
@@ -183,16 +180,16 @@ def attend(
 
     def work(_: int) -> None:
         with torch.inference_mode():  # of each thread
-            step = _Step(size, dim, accumulate)
+            buffers = _Buffers(size, dim, accumulate)
             for rows in groups:  # whichever are next: threads need not be equally fast
-                out.index_copy_(0, rows, attend_rows(rows, step).to(out.dtype))
+                out.index_copy_(0, rows, attend_rows(rows, buffers).to(out.dtype))
 
     _in_threads(work, threads)
     return _shift_rows(out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
 
-class _Step:
-    """The buffers of one thread of `attend`, for LISTS_PER_STEP lists and KEYS_PER_STEP keys of each."""
+class _Buffers:
+    """What one thread of `attend` works in, for LISTS_PER_STEP lists and KEYS_PER_STEP keys of each."""
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype) -> None:
         keys = max(KEYS_PER_STEP, size)
@@ -222,8 +219,8 @@ class _Softmax:
     which every query must see. Where keys come that outweigh it by far, it is raised.
     """
 
-    def __init__(self, queries: Tensor, common: Tensor, step: _Step) -> None:
-        self.queries, self.room = queries, step.scores
+    def __init__(self, queries: Tensor, common: Tensor, buffers: _Buffers) -> None:
+        self.queries, self.room = queries, buffers.scores
         self.top = queries @ common.mT
         self.total = torch.zeros_like(self.top)
         self.sum = torch.zeros_like(queries)
@@ -282,10 +279,6 @@ def _threads(count: int) -> ThreadPoolExecutor:
     ready.wait()
     torch.set_num_threads(everywhere)
     return pool
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of its parent's threads
 
 
 def _budget() -> int:
