@@ -3,6 +3,7 @@
 import ast
 import inspect
 import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ CASES = [
     Case(400, 400, (0, 131), heads=4, kv_heads=4, stride=4),
     Case(260, 500, (3, 400), block=128, stride=16),
     Case(40, 200, (0, 200)),  # the second is nothing but padding
+    Case(40, 200, (200, 200)),
 ]
 SMALL = Case(330, 330)
 
@@ -259,12 +261,41 @@ def test_inputs_that_track_gradients_are_taken():
     assert not out.requires_grad and out.isfinite().all()
 
 
-def test_inference_mode_changes_nothing():
+def test_keys_that_outweigh_those_before_them_by_far_are_as_exact_as_others():
     q, k, v = SMALL.qkv()
-    expected = rr_attention(q, k, v, config=SMALL.config(), backend="cpu")
-    with torch.inference_mode():
-        out = rr_attention(*(x.clone() for x in (q, k, v)), config=SMALL.config(), backend="cpu")
-    assert torch.equal(out, expected)
+    q[..., 0] = 10
+    k[..., 0] = 0
+    k[:, :, ::64, 0] = -800  # of each block the first key, which the others are compared with
+    grid = SMALL.grid(SMALL.config(), True)
+    everything = BlockSelection.from_mask(grid.visible()[:, None].expand(-1, 8, -1, -1), grid)
+    exact = reference.attend(q.double(), k.double(), v.double(), everything, scale=0.125)
+    for backend in (cpu, reference):
+        assert (backend.attend(q, k, v, everything, scale=0.125) - exact).norm() <= 2e-6 * exact.norm()
+
+
+def test_what_no_list_holds_reaches_nobody():
+    q, k, v = SMALL.qkv()
+    grid = SMALL.grid(SMALL.config(), True)
+    kept = torch.eye(grid.query_blocks, dtype=torch.bool).expand(1, 8, -1, -1).clone()
+    kept[:, :, 4, 1:4] = True  # beside it, shorter lists are filled up
+    selection = BlockSelection.from_mask(kept, grid)
+    expected = cpu.attend(q, k, v, selection, scale=0.125)[:, :, 64:]
+    v[:, :, :64] = torch.inf
+    assert torch.equal(cpu.attend(q, k, v, selection, scale=0.125)[:, :, 64:], expected)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference", "autocast"]
+)
+def test_modes_change_nothing(mode, number):
+    q, k, v = SMALL.qkv()
+    grid = SMALL.grid(SMALL.config(), True)
+    selection = reference.select(reference.estimate(q, k, grid, stride=8, scale=0.125), grid, SMALL.config())
+    with threads(number):
+        expected = cpu.attend(q, k, v, selection, scale=0.125)
+        with mode():
+            assert torch.equal(cpu.attend(*(x.clone() for x in (q, k, v)), selection, scale=0.125), expected)
 
 
 def test_its_threads_start_no_others_and_leave_the_rest_of_the_program_its_own():
@@ -273,7 +304,7 @@ def test_its_threads_start_no_others_and_leave_the_rest_of_the_program_its_own()
             return torch.get_num_threads(), fresh.submit(torch.get_num_threads).result()
 
     before, inside = number(), set()
-    cpu._in_threads(lambda _: inside.add(torch.get_num_threads()), 3)
+    cpu._in_threads(lambda: inside.add(torch.get_num_threads()), 3)
     assert inside == {1}
     assert number() == before
 
@@ -289,13 +320,43 @@ def test_any_number_of_threads_gives_the_same():
     close(outs[2], outs[0])
 
 
-def test_what_goes_wrong_in_a_thread_reaches_the_caller():
-    def work(number):
-        if number == 1:
-            raise ValueError("the second thread's")
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_goes_wrong_in_a_thread_reaches_the_caller_and_ends_the_others(number, monkeypatch):
+    case = Case(1000, 1000)
+    q, k, v = case.qkv()
+    steps, failing = itertools.count(1), 3
 
-    with pytest.raises(ValueError, match="the second thread's"):
-        cpu._in_threads(work, 2)
+    def add(self, *rest, **more):
+        if next(steps) >= failing:
+            raise MemoryError("the third step's")
+        real(self, *rest, **more)
+
+    real = cpu._Softmax.add
+    monkeypatch.setattr(cpu._Softmax, "add", add)
+    with threads(number), pytest.raises(MemoryError, match="the third step's"):
+        rr_attention(q, k, v, config=case.config(), backend="cpu")
+    assert next(steps) <= failing + number + 1
+
+
+def test_threads_that_cannot_be_started_leave_none_waiting(monkeypatch):
+    before, started, start = torch.get_num_threads(), [], threading.Thread.start
+
+    def stubborn(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", stubborn)
+        with pytest.raises(RuntimeError, match="can't start"):
+            cpu._in_threads(lambda: None, 5)
+    for thread in started:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert torch.get_num_threads() == before
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(torch.get_num_threads).result() == before
 
 
 class LargestTensor(TorchDispatchMode):

@@ -156,7 +156,7 @@ class BlockStats:
 
 @dataclass(frozen=True, slots=True)
 class BlockSelection:
-    """The key blocks that each query block of each head attends to.
+    """The key blocks that each query block of each head attends to, of those that it sees (`BlockGrid.visible`).
 
     indices: ascending block numbers, [batch, heads, query_blocks, key_blocks] int32; only the first `counts` of a row
         mean anything.

@@ -7,10 +7,11 @@ What makes it fast, each point measured against its alternatives:
 - Kept blocks are copied to lie side by side, a few of each list: what a step reads and writes stays in the caches.
 - Threads of our own share the lists, and each runs PyTorch without further threads: none waits for another before all
   is done. PyTorch's threads meet at the end of every operation, which costs most where something else needs the cores.
-- No maximum is looked for: scores are taken relative to that of one key that every query sees.
-- Buffers are made once: fresh memory costs more than copying does.
+- No maximum is looked for, unless keys outweigh the others by far: scores are taken relative to that of one key that
+  every query sees.
+- The large buffers of a thread are made once in a call: fresh memory costs more than copying does.
 
-Half precision is worked on in float32, whose products are as fast but on CPUs with matrix units.
+Half precision is worked on in float32.
 
 Shapes: B batch, H query heads, K key heads, G = H / K query heads to a key head, L length, D head dim, S stride.
 """
@@ -19,8 +20,9 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 
 import torch
@@ -33,7 +35,7 @@ from rrattention.config import RRConfig, Skipped
 SCORES_PER_THREAD = 1 << 18  # of one step of `estimate`: 1 MiB of float32
 LISTS_PER_STEP = 8  # of one step of `attend` in one thread
 KEYS_PER_STEP = 512  # of each of these lists
-MOST_WEIGHT = 2.0**60  # of the keys of one step, relative to that of the key that all are compared with
+MOST_WEIGHT = 2.0**60  # of the keys of one step together, before others are compared with them
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x log2 e)
 
 
@@ -42,7 +44,7 @@ def estimate(query: Tensor, key: Tensor, grid: BlockGrid, *, stride: int, scale:
     """Score each key block for each query block: the attention mass that sampled queries give to pooled keys.
 
     Returns [B, H, query_blocks, key_blocks], float32 or the inputs' dtype where that is wider. A few query blocks at a
-    time, so that memory is linear in the length.
+    time, so that beside these scores memory is linear in the length.
     """
     accumulate = torch.promote_types(query.dtype, torch.float32)
     (batch, heads), key_heads, per_block = query.shape[:2], key.shape[1], grid.block_size // stride
@@ -127,19 +129,20 @@ def attend(
 ) -> Tensor:
     """Softmax attention of each query block over its kept blocks, in float32 or the inputs' dtype where that is wider.
 
-    With `skipped="pooled"` the mean key and value of every whole block that is visible and not kept take part, too.
-    Returns [B, H, Lq, D] in the dtype of `query`; rows that see no key, padding among them, are zeros.
+    `selection` lists visible blocks only. With `skipped="pooled"` the mean key and value of every whole block that is
+    visible and not kept take part, too. Returns [B, H, Lq, D] in the dtype of `query`; rows that see no key, padding
+    among them, are zeros.
     """
     grid, size = selection.grid, selection.grid.block_size
     (batch, heads, _, dim), group = query.shape, query.shape[1] // key.shape[1]
-    accumulate = torch.promote_types(query.dtype, torch.float32)
+    accumulate, device = torch.promote_types(query.dtype, torch.float32), query.device
     sources = tuple(_key_to_grid(x, grid).reshape(-1, size * dim) for x in (key, value))  # [B * K * key_blocks, ...]
 
     # From here on a row is one query block of one head and sequence, [B * H * query_blocks, ...].
     queries = _query_to_grid(query, grid).reshape(-1, size, dim)
     out = torch.zeros_like(queries)
     indices, counts = selection.indices.flatten(0, 2), selection.counts.flatten().long()
-    key_head = torch.arange(len(counts)) // grid.query_blocks // group  # among those of all sequences
+    key_head = torch.arange(len(counts), device=device) // grid.query_blocks // group  # among those of all sequences
     first_block = (key_head * grid.key_blocks)[:, None]
     per_row = (batch, heads, grid.query_blocks)
     query_block, length = (
@@ -150,51 +153,55 @@ def attend(
         left_out = selection.left_out().flatten(0, 2)  # [rows, key_blocks]
 
     def attend_rows(rows: Tensor, buffers: _Buffers) -> Tensor:
-        """Attend with the query blocks `rows` [n], whose lists are about equally long: the first is the longest."""
+        """Attend with the query blocks `rows` [n], the first of which has the longest list."""
         n, kept, offset = len(rows), counts[rows, None], first_block[rows]
-        columns = torch.arange(int(kept[0]))
-        blocks = indices[rows[:, None], columns].long().where(columns < kept, 0)  # [n, most]
-        last = blocks.gather(1, kept - 1)
+        columns = torch.arange(int(kept[0]), device=device)
+        last = indices[rows[:, None], kept - 1].long()
+        blocks = indices[rows[:, None], columns].long().where(columns < kept, last)  # [n, most]
         keys, values = buffers.beside(sources, offset + last)
         scaled = queries[rows].to(accumulate) * (scale * LOG2_E)
         softmax = _Softmax(scaled, keys[:, :1], buffers)  # every query sees the first key of its last block
 
         # Only the last block of a list can reach beyond the queries or the end. Queries beyond the end are no matter.
-        reach = query_block[rows] * size + torch.arange(size) if grid.causal else length[rows] - 1  # [n, queries or 1]
-        position = last * size + torch.arange(size)
+        token = torch.arange(size, device=device)
+        reach = query_block[rows] * size + token if grid.causal else length[rows] - 1  # [n, queries or 1]
+        position = last * size + token
         softmax.add(keys, values, hidden=position[:, None] > reach[:, :, None])
         for part in columns[:-1].split(max(1, KEYS_PER_STEP // size)):
             spare = part >= kept - 1  # shorter lists have ended
             hidden = spare.repeat_interleave(size, dim=1)[:, None] if spare.any() else None
             softmax.add(*buffers.beside(sources, offset + blocks[:, part]), hidden=hidden)
         if skipped == "pooled":
-            gone = left_out[rows]
-            for part in gone.any(dim=0).nonzero()[:, 0].split(KEYS_PER_STEP):
-                seen = (x[(offset + part).flatten()].view(n, -1, dim) for x in means)
-                softmax.add(*seen, hidden=~gone[:, None, part], times=size)
+            without = left_out[rows]
+            for part in without.any(dim=0).nonzero()[:, 0].split(KEYS_PER_STEP):
+                stand_ins = (x[(offset + part).flatten()].view(n, -1, dim) for x in means)
+                softmax.add(*stand_ins, hidden=~without[:, None, part], times=size)
         return softmax.result()
 
     order = counts.argsort(descending=True, stable=True)[: int(counts.count_nonzero())]
     threads = torch.get_num_threads()
-    groups = iter(order.split(min(LISTS_PER_STEP, len(order) // (4 * threads) + 1)))
+    groups = iter(order.split(min(LISTS_PER_STEP, len(order) // (4 * threads) + 1)) if len(order) else ())
 
-    def work(_: int) -> None:
-        with torch.inference_mode():  # of each thread
-            buffers = _Buffers(size, dim, accumulate)
+    def work() -> None:
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):  # each thread has its own of these
+            buffers = _Buffers(size, dim, accumulate, device)
             for rows in groups:  # whichever are next: threads need not be equally fast
                 out.index_copy_(0, rows, attend_rows(rows, buffers).to(out.dtype))
 
-    _in_threads(work, threads)
+    try:
+        _in_threads(work, threads)
+    finally:
+        deque(groups, maxlen=0)  # after a failure the other threads find nothing more to do
     return _shift_rows(out.view(batch, heads, -1, dim), -_query_start(grid), query.shape[2])
 
 
 class _Buffers:
-    """What one thread of `attend` works in, for LISTS_PER_STEP lists and KEYS_PER_STEP keys of each."""
+    """What one thread of `attend` works in, for LISTS_PER_STEP lists and KEYS_PER_STEP keys, or a block, of each."""
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         keys = max(KEYS_PER_STEP, size)
-        self.copies = torch.empty(2, LISTS_PER_STEP * keys // size, size * dim, dtype=dtype)
-        self.scores = torch.empty(LISTS_PER_STEP * size * keys, dtype=dtype)
+        self.copies = torch.empty(2, LISTS_PER_STEP * keys // size, size * dim, dtype=dtype, device=device)
+        self.scores = torch.empty(LISTS_PER_STEP * size * keys, dtype=dtype, device=device)
         self.dim = dim
 
     def beside(self, sources: tuple[Tensor, Tensor], listed: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,11 +223,11 @@ class _Softmax:
     """The attention of `queries` [n, T, D] over keys that are added a few at a time; scores are base-2 logarithms.
 
     The weight of a key is taken relative to one whose score is `top` [n, T, 1], at first that of `common` [n, 1, D],
-    which every query must see. Where keys come that outweigh it by far, it is raised.
+    which every query must see. Where keys come that outweigh it by far, theirs takes its place.
     """
 
     def __init__(self, queries: Tensor, common: Tensor, buffers: _Buffers) -> None:
-        self.queries, self.room = queries, buffers.scores
+        self.queries, self.buffer = queries, buffers.scores
         self.top = queries @ common.mT
         self.total = torch.zeros_like(self.top)
         self.sum = torch.zeros_like(queries)
@@ -228,17 +235,17 @@ class _Softmax:
     def add(self, keys: Tensor, values: Tensor, *, hidden: Tensor | None = None, times: int = 1) -> None:
         """Add keys and their values, [n, m, D]; none sees those that are `hidden` [n, T or 1, m].
 
-        Each key stands for so many `times` as many that are alike.
+        Each key counts as `times` equal ones.
         """
-        weights = self._scores(keys, hidden, times).exp2_()
+        weights = self._scores(keys, hidden, math.log2(times) - self.top).exp2_()
         totals = weights.sum(dim=2, keepdim=True)
         if (totals > MOST_WEIGHT).any():
-            scores = self._scores(keys, hidden, times)
-            rise = scores.amax(dim=2, keepdim=True).clamp_(min=0.0)
-            self.top += rise
-            self.total.mul_(rise.neg().exp2_())
-            self.sum.mul_(rise.neg().exp2_())
-            weights = scores.sub_(rise).exp2_()
+            # From zero: sums that begin at a `top` far away are rounded as coarsely as it is.
+            scores = self._scores(keys, hidden, torch.full_like(self.top, math.log2(times)))
+            top = scores.amax(dim=2, keepdim=True).maximum(self.top)
+            shrink = (self.top - top).exp2_()
+            self.top, self.total, self.sum = top, self.total * shrink, self.sum * shrink
+            weights = scores.sub_(top).exp2_()
             totals = weights.sum(dim=2, keepdim=True)
         self.total += totals
         self.sum.baddbmm_(weights, values)
@@ -247,20 +254,25 @@ class _Softmax:
         """[n, T, D]."""
         return self.sum.div_(self.total)
 
-    def _scores(self, keys: Tensor, hidden: Tensor | None, times: int) -> Tensor:
-        """Relative to `top`, [n, T, m]; they last until the next ones."""
-        (n, queries, _), m = self.queries.shape, keys.shape[1]
-        scores = self.room[: n * queries * m].view(n, queries, m)
-        torch.baddbmm(math.log2(times) - self.top, self.queries, keys.mT, out=scores)
+    def _scores(self, keys: Tensor, hidden: Tensor | None, more: Tensor) -> Tensor:
+        """The scores of `keys` and `more` [n, T, 1], together [n, T, m]; they last until the next ones."""
+        (n, length, _), m = self.queries.shape, keys.shape[1]
+        scores = self.buffer[: n * length * m].view(n, length, m)
+        torch.baddbmm(more, self.queries, keys.mT, out=scores)
         return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
-def _in_threads(work: Callable[[int], None], threads: int) -> None:
-    """Run `work` in so many threads at once, in which PyTorch starts none."""
+def _in_threads(work: Callable[[], None], threads: int) -> None:
+    """Run `work` so many times at once, each in a thread where PyTorch starts no others; once, in the caller's own.
+
+    What goes wrong in one of them is raised at once, without waiting for the others.
+    """
     if threads == 1:
-        work(0)
+        work()
     else:
-        list(_threads(threads).map(work, range(threads)))
+        pool = _threads(threads)
+        for done in as_completed([pool.submit(work) for _ in range(threads)]):
+            done.result()
 
 
 @cache
@@ -269,15 +281,20 @@ def _threads(count: int) -> ThreadPoolExecutor:
     everywhere, ready = torch.get_num_threads(), threading.Barrier(count + 1)
 
     def begin() -> None:
-        torch.get_num_threads()  # what first uses PyTorch in a thread takes over the setting for all of them
-        torch.set_num_threads(1)  # for this thread, and for those that have yet to use PyTorch
+        torch.get_num_threads()  # a thread's first use of PyTorch copies the program's number: it must come before
+        torch.set_num_threads(1)  # sets this thread's number, and the program's
         ready.wait()
 
     pool = ThreadPoolExecutor(count, "rrattention", initializer=begin)
-    for _ in range(count):
-        pool.submit(int)
-    ready.wait()
-    torch.set_num_threads(everywhere)
+    try:
+        for _ in range(count):
+            pool.submit(int)
+        ready.wait()
+    except BaseException:
+        ready.abort()  # those that have begun wait for the others
+        raise
+    finally:
+        torch.set_num_threads(everywhere)
     return pool
 
 
