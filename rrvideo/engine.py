@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from rrvideo.budget import CHUNK_TOKENS, CHUNKS_AHEAD, ROOM, chunk_frames, chunk_tokens, extent
+from rrvideo.budget import CHUNKS_AHEAD, ROOM, chunk_frames, chunk_tokens, extent
 from rrvideo.errors import BudgetError
 from rrvideo.model import Checkpoint
 from rrvideo.stages import Cancel, Stages
@@ -242,17 +242,12 @@ class _Prefill:
         # NumPy, and below only part of the prefix: over so many tokens torch would call up all its threads, and while
         # those wait for more work they take the cores from the decoder's.
         settled = int(np.flatnonzero(prefix.step.numpy() >= 0)[self.encoded - 1]) + 1
-        while settled - self.cache.get_seq_length() >= (count := self._next()) + self.block:
-            self._run(prefix, count, last=False)
+        while settled - self.cache.get_seq_length() >= self.chunk + self.block:
+            self._run(prefix, self.chunk, last=False)
 
     def finish(self, prefix: Prefix) -> None:
         """Prefill the rest."""
         self._run(prefix, len(prefix) - self.cache.get_seq_length(), last=True)
-
-    def _next(self) -> int:
-        """The tokens of the next chunk: fewer near the end, where large ones would keep the last frame waiting."""
-        left = self.planned - self.cache.get_seq_length()
-        return min(self.chunk, max(left // 2, CHUNK_TOKENS) // self.block * self.block)
 
     def _run(self, prefix: Prefix, count: int, *, last: bool) -> None:
         from rrattention.transformers import chunk
