@@ -78,7 +78,8 @@ def meets(what: str, value: float, limit: float, form: str) -> bool:
 
 def world_video(cache: Path, seconds: int, *, width: int, height: int, fps: int) -> tuple[World, Path]:
     """A world of up to eight scenes, and the file in `cache` that shows it."""
-    from rrvideo.tiny.world import draw_world, write_video
+    from rrvideo.tiny.drawing import write_video
+    from rrvideo.tiny.world import draw_world
 
     drawn = draw_world(Random(f"bench {seconds}"), seconds, min(8, max(1, seconds // 4)), shortest=min(4, seconds))
     path = cache / f"world-{seconds}s-{width}x{height}-{fps}fps.mp4"

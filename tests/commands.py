@@ -1,20 +1,14 @@
 """Fixtures of the tests that give command lines; they name this a plugin."""
 
 import pytest
-from checkpoints import make_checkpoint
-from clips import numbered_frames, write_video
 
 from rrvideo import cli
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(make_checkpoint(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return str(write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56)))
+@pytest.fixture
+def model(folder):
+    """The model, as a command line names it."""
+    return str(folder)
 
 
 @pytest.fixture

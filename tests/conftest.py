@@ -1,4 +1,4 @@
-"""What every test needs before it is imported, and where the Triton kernels run: on a GPU, else interpreted."""
+"""What tests need before they are imported, models and clips for many of them, and where the Triton kernels run."""
 
 import os
 
@@ -24,6 +24,37 @@ TARGETS = [("cpu", "float32"), ("cpu", "float16"), ("cuda", "float32"), ("cuda",
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not HAS_GPU:
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A small random checkpoint of each family, not to be changed."""
+    from checkpoints import FAMILIES, make_checkpoint
+
+    return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def folder(folders):
+    return folders["qwen2_vl"]
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """Six seconds, in which every frame is another."""
+    return _write_clip(tmp_path_factory, seconds=6)
+
+
+@pytest.fixture(scope="session")
+def eight_seconds(tmp_path_factory):
+    """The same, longer."""
+    return _write_clip(tmp_path_factory, seconds=8)
+
+
+def _write_clip(tmp_path_factory, seconds):
+    from clips import numbered_frames, write_video
+
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(24 * seconds, width=84, height=56))
 
 
 @pytest.fixture(

@@ -4,8 +4,6 @@ from dataclasses import asdict
 from itertools import chain
 
 import pytest
-from checkpoints import make_checkpoint
-from clips import numbered_frames, write_video
 
 from rrattention.transformers import settings
 from rrvideo import RRConfig, VideoQA
@@ -16,13 +14,8 @@ SPARSE = RRConfig(block_size=16, stride=4, tau=0.3, min_tokens=0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(192, width=84, height=56))
+def clip(eight_seconds):
+    return eight_seconds
 
 
 def seen(qa, clip):

@@ -6,8 +6,7 @@ import weakref
 
 import pytest
 import torch
-from checkpoints import FAMILIES, make_checkpoint
-from clips import numbered_frames, write_video
+from checkpoints import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -20,17 +19,6 @@ from rrvideo.video import PixelLimits, plan_samples, read_frames
 
 SAMPLING = {"fps": 24.0, "max_frames": 768, "timestamps": True}
 in_each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Six seconds, in which every frame is another."""
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56))
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ OTHER = "How many scenes are there?"
 
 
 @pytest.fixture(scope="module")
-def narrow(model, tmp_path_factory):
+def narrow(folder, tmp_path_factory):
     """A model with a short context."""
-    folder = shutil.copytree(model, tmp_path_factory.mktemp("narrow") / "checkpoint")
+    folder = shutil.copytree(folder, tmp_path_factory.mktemp("narrow") / "checkpoint")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = budget.ROOM + 120
     (folder / "config.json").write_text(json.dumps(config))

@@ -41,7 +41,7 @@ def test_a_scan_of_several_videos_goes_into_one_file_and_reports_those_that_cann
         rows = list(csv.DictReader(file))
     assert (code, out) == (1, "")
     assert [(row["video"], row["start"]) for row in rows] == [
-        (video, start) for video in (clip, str(cli.SAMPLE)) for start in ("2.0", "4.0")
+        (str(video), start) for video in (clip, cli.SAMPLE) for start in ("2.0", "4.0")
     ]
     assert err.startswith("rrvideo: broken.mp4 cannot be read as a video\n")
     assert err.count("\n") == 2

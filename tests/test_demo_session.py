@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import make_checkpoint
-from clips import numbered_frames, write_video
 
 from rrdemo.conversation import Done, Note, Phase, Piece, Queued, Settings, Stopped, Watched
 from rrdemo.guard import Limits
@@ -34,12 +33,6 @@ SOON = 20.0  # seconds in which whatever is to happen has happened
 @pytest.fixture(scope="module")
 def qa(tmp_path_factory):
     return VideoQA.load(make_checkpoint(tmp_path_factory.mktemp("model")), device="cpu", config=SPARSE)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Six seconds, in which every frame is another."""
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56))
 
 
 @pytest.fixture

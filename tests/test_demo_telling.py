@@ -5,7 +5,6 @@ from contextlib import closing
 
 import pytest
 from checkpoints import make_checkpoint
-from clips import numbered_frames, write_video
 
 from rrdemo import guard
 from rrdemo import session as session_module
@@ -27,12 +26,6 @@ FULL = Settings(fps=4.0, attention="full")
 @pytest.fixture(scope="module")
 def qa(tmp_path_factory):
     return VideoQA.load(make_checkpoint(tmp_path_factory.mktemp("model")), device="cpu", config=SPARSE)
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Six seconds, in which every frame is another."""
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56))
 
 
 @pytest.fixture

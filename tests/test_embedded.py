@@ -9,9 +9,10 @@ import torch
 from rrvideo import VideoQA
 from rrvideo.cli import SAMPLE
 from rrvideo.pipeline import EMBEDDED
+from rrvideo.tiny.drawing import write_video
 from rrvideo.tiny.evaluate import is_right
 from rrvideo.tiny.sample import sample_world
-from rrvideo.tiny.world import Question, appearances, draw_world, multiple_choice, questions, scene_of, write_video
+from rrvideo.tiny.world import Question, appearances, draw_world, multiple_choice, questions, scene_of
 
 WORLD = sample_world()
 

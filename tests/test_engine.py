@@ -9,8 +9,7 @@ from threading import enumerate as threads
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, MODEL_CLASSES, make_checkpoint, processed
-from clips import numbered_frames, write_video
+from checkpoints import FAMILIES, MODEL_CLASSES, processed
 from transformers import AutoProcessor
 
 from rrattention import RRConfig
@@ -27,19 +26,8 @@ in_each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
 def loaded(folders):
     return {family: load(folder, attention="full", device="cpu") for family, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Six seconds, in which every frame is another."""
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from rreval.needle import NeedleTest, Trial, hide, measure, questions_about, rea
 from rrvideo import VideoQA
 from rrvideo.cli import main
 from rrvideo.errors import BudgetError, RRVideoError
-from rrvideo.tiny.world import BACKGROUNDS, COLOURS, write_video
+from rrvideo.tiny.drawing import write_video
+from rrvideo.tiny.world import BACKGROUNDS, COLOURS
 
 SHORT = NeedleTest(lengths=(240,), depths=(0.0, 1.0), videos=1, taus=(0.5,))
 

@@ -16,7 +16,7 @@ from rreval.data import check_set, load_set
 from rreval.world import Length, default_folder, make_set
 from rrvideo.cli import main
 from rrvideo.errors import RRVideoError
-from rrvideo.tiny import world as drawing
+from rrvideo.tiny import drawing
 from rrvideo.tiny.world import BACKGROUNDS, COLOURS
 
 SMALL = {"short": Length((8, 12), (2, 4), fps=4), "long": Length((20, 24), (4, 5), fps=2)}

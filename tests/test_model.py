@@ -36,11 +36,6 @@ in_each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
 def loaded(folders) -> dict[str, Checkpoint]:
     return {family: load(folder, attention="full", device="cpu") for family, folder in folders.items()}
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from rrvideo.errors import ModelError
@@ -16,15 +15,10 @@ from rrvideo.model import load
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("whole"))
-
-
 @pytest.fixture
-def folder(whole, tmp_path) -> Path:
+def folder(folders, tmp_path) -> Path:
     """A copy of a good checkpoint, to be damaged."""
-    return shutil.copytree(whole, tmp_path / "checkpoint")
+    return shutil.copytree(folders["qwen2_vl"], tmp_path / "checkpoint")
 
 
 def edit_json(path, **changes):
@@ -125,7 +119,7 @@ def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(name, message
     ],
     ids=str,
 )
-def test_a_device_or_type_that_is_not_there_is_told_in_one_line(whole, options, message):
+def test_a_device_or_type_that_is_not_there_is_told_in_one_line(folders, options, message):
     with pytest.raises(ModelError, match=message) as told:
-        load(whole, **options)
+        load(folders["qwen2_vl"], **options)
     assert "\n" not in str(told.value)

@@ -8,8 +8,6 @@ from dataclasses import FrozenInstanceError
 from itertools import pairwise, permutations
 
 import pytest
-from checkpoints import make_checkpoint
-from clips import numbered_frames, write_video
 
 from rrvideo import Evidence, RRConfig, VideoQA, engine
 from rrvideo.errors import Cancelled
@@ -20,19 +18,13 @@ OTHER = "How many scenes are there?"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def qa(folder):
     return VideoQA.load(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Eight seconds, in which every frame is another."""
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(192, width=84, height=56))
+def clip(eight_seconds):
+    return eight_seconds
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import gc
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from clips import numbered_frames, write_video
 
 from rrvideo import Answer, BudgetError, VideoError, VideoQA, engine
@@ -15,19 +14,13 @@ QUESTION = "What colour is the circle?"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def qa(folder):
     return VideoQA.load(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Eight seconds, in which every frame is another."""
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(192, width=84, height=56))
+def clip(eight_seconds):
+    return eight_seconds
 
 
 @pytest.fixture(scope="module")

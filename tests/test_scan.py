@@ -4,7 +4,6 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import make_checkpoint
 from clips import numbered_frames, write_video
 from scanning import QUESTIONS, RED, begin, note_watched, video_class
 
@@ -15,19 +14,8 @@ from rrvideo.tiny.sample import sample_world
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def qa(folder):
     return VideoQA.load(folder, attention="full", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Six seconds, in which every frame is another."""
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(144, width=84, height=56))
 
 
 @pytest.fixture

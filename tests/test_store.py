@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import FAMILIES, make_checkpoint
-from clips import number_of, numbered_frames, write_video
+from checkpoints import FAMILIES
+from clips import number_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,24 +20,13 @@ SPARSE = RRConfig(block_size=16, stride=4, tau=0.5, min_tokens=0)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def folder(folders):
-    return folders["qwen2_vl"]
-
-
-@pytest.fixture(scope="module")
 def qa(folder):
     return VideoQA.load(folder, device="cpu", config=SPARSE)
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """Eight seconds, in which every frame is another."""
-    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(192, width=84, height=56))
+def clip(eight_seconds):
+    return eight_seconds
 
 
 @pytest.fixture(scope="module")

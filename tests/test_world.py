@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rrvideo.clock import format_time
+from rrvideo.tiny.drawing import parameters, render, write_video
 from rrvideo.tiny.evaluate import is_right
 from rrvideo.tiny.world import (
     BACKGROUNDS,
@@ -17,10 +18,7 @@ from rrvideo.tiny.world import (
     Question,
     draw_world,
     multiple_choice,
-    parameters,
     questions,
-    render,
-    write_video,
 )
 
 SECONDS = [float(second) for second in range(60)]

@@ -45,7 +45,7 @@ class Sample:
         """
         if self.name == "sample":
             return SAMPLE
-        from rrvideo.tiny.world import write_video
+        from rrvideo.tiny.drawing import write_video
 
         folder = _cache()
         path = folder / self.name

@@ -26,7 +26,8 @@ from rreval.settings import LABELS, versions
 from rrvideo.budget import ROOM, extent
 from rrvideo.errors import BudgetError, RRVideoError
 from rrvideo.pipeline import VideoQA
-from rrvideo.tiny.world import Question, Scene, World, draw_world, multiple_choice, write_video
+from rrvideo.tiny.drawing import write_video
+from rrvideo.tiny.world import Question, Scene, World, draw_world, multiple_choice
 from rrvideo.video import smart_resize
 
 if TYPE_CHECKING:

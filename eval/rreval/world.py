@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rrvideo.errors import RRVideoError
-from rrvideo.tiny.world import CHOICE_KINDS, Question, World, draw_world, multiple_choice, questions, write_video
+from rrvideo.tiny.drawing import write_video
+from rrvideo.tiny.world import CHOICE_KINDS, Question, World, draw_world, multiple_choice, questions
 
 __all__ = ["LENGTHS", "Length", "default_folder", "make_set"]
 

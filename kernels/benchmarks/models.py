@@ -175,7 +175,8 @@ def _video_task(path: str | Path, arguments: Namespace, dtype: torch.dtype) -> T
 
 def _watch_world(checkpoint: Any, seed: int, seconds: float, path: Path) -> _Watched:
     """Write a video of the embedded model's world to `path`, and ask what can be asked of it."""
-    from rrvideo.tiny.world import MAX_SCENES, draw_world, questions, write_video
+    from rrvideo.tiny.drawing import write_video
+    from rrvideo.tiny.world import MAX_SCENES, draw_world, questions
 
     random = Random(f"quality {seed}")
     world = draw_world(random, seconds, max(1, min(MAX_SCENES, int(seconds / 8))))

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..tokens import PatchSpec, Prefix, build_prefix, build_question
+from .drawing import parameters
 from .world import (
     CHOICE_KINDS,
     KINDS,
@@ -21,7 +22,6 @@ from .world import (
     World,
     draw_world,
     multiple_choice,
-    parameters,
     questions,
 )
 

@@ -22,6 +22,7 @@ from random import Random
 from rrattention import RRConfig
 from rrvideo.pipeline import EMBEDDED, VideoQA
 
+from .drawing import write_video
 from .world import (
     CHOICE_KINDS,
     KINDS,
@@ -32,7 +33,6 @@ from .world import (
     multiple_choice,
     questions,
     scene_of,
-    write_video,
 )
 
 CARD = EMBEDDED["tiny"] / "README.md"

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from random import Random
 
-from .world import World, draw_world, write_video
+from .drawing import write_video
+from .world import World, draw_world
 
 
 def sample_world() -> World:

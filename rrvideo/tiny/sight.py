@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from ..tokens import patchify
 from .batches import SIZES, SPEC
-from .world import BACKGROUNDS, COLOURS, DIRECTIONS, MAX_SCENES, SHAPES, draw_world, parameters, render
+from .drawing import parameters, render
+from .world import BACKGROUNDS, COLOURS, DIRECTIONS, MAX_SCENES, SHAPES, draw_world
 
 
 def draw(frames: torch.Tensor, size: tuple[int, int], style: torch.Tensor) -> torch.Tensor:
