@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import make_checkpoint
 
 from rrdemo.conversation import Done, Note, Phase, Piece, Queued, Settings, Stopped, Watched
 from rrdemo.guard import Limits
@@ -31,8 +30,8 @@ SOON = 20.0  # seconds in which whatever is to happen has happened
 
 
 @pytest.fixture(scope="module")
-def qa(tmp_path_factory):
-    return VideoQA.load(make_checkpoint(tmp_path_factory.mktemp("model")), device="cpu", config=SPARSE)
+def qa(folder):
+    return VideoQA.load(folder, device="cpu", config=SPARSE)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import time
 from contextlib import closing
 
 import pytest
-from checkpoints import make_checkpoint
 
 from rrdemo import guard
 from rrdemo import session as session_module
@@ -24,8 +23,8 @@ FULL = Settings(fps=4.0, attention="full")
 
 
 @pytest.fixture(scope="module")
-def qa(tmp_path_factory):
-    return VideoQA.load(make_checkpoint(tmp_path_factory.mktemp("model")), device="cpu", config=SPARSE)
+def qa(folder):
+    return VideoQA.load(folder, device="cpu", config=SPARSE)
 
 
 @pytest.fixture

@@ -13,7 +13,10 @@ from rrattention.triton import launch
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 dispatch = importlib.import_module("rrattention.triton.attend")  # the name is the function's in the package
-needs_gluon = pytest.mark.skipif(not version("triton").startswith(launch.GLUON_VERSIONS), reason="another Gluon")
+needs_gluon = pytest.mark.skipif(
+    not version("triton").startswith(launch.GLUON_VERSIONS),
+    reason="needs the Gluon of Triton 3.6 to 3.9",
+)
 
 
 @pytest.fixture
