@@ -54,22 +54,22 @@ def grid_of(inputs, config):
 
 SHAPE = ("--heads", 4, "--kv-heads", 2, "--head-dim", 32)
 PREFILL = (*SHAPE, "--lengths", 512, 300, "--tau", 0.9, 0.7, "--seconds", 0.001)
+WAYS = {"RRAttention": RRConfig, "RRAttention paper": RRConfig.paper, "RRAttention fine": RRConfig.fine}
 
 
 def test_prefill_says_how_fast_each_way_is_and_what_it_keeps(run, tmp_path):
-    code, printed, summary = run("prefill", *PREFILL, "--json", tmp_path / "out.json")
+    rules = ("--rule", "default", "paper", "fine")
+    code, printed, summary = run("prefill", *PREFILL, *rules, "--json", tmp_path / "out.json")
 
     assert code == 0 and summary["green"] and "gate green" in printed
     assert json.loads((tmp_path / "out.json").read_text()) == summary
-    assert [row["length"] for row in summary["rows"]] == [300] * 5 + [512] * 5
+    assert [row["length"] for row in summary["rows"]] == [300] * 7 + [512] * 7
     dense = next(row for row in summary["rows"] if row["way"] == "SDPA" and row["length"] == 512)
     sparse = [row for row in summary["rows"] if "tau" in row and row["length"] == 512]
-    assert [(row["way"], row["tau"]) for row in sparse] == [
-        (way, tau) for tau in (0.9, 0.7) for way in ("RRAttention", "RRAttention paper")
-    ]
+    assert [(row["way"], row["tau"]) for row in sparse] == [(way, tau) for tau in (0.9, 0.7) for way in WAYS]
     inputs = generated(512)
     for row in sparse:
-        config = (RRConfig.paper if row["way"].endswith("paper") else RRConfig)(tau=row["tau"])
+        config = WAYS[row["way"]](tau=row["tau"])
         kept = select(estimate(inputs.q, inputs.k, config=config), 512, 512, config=config)
         assert row["density"] == pytest.approx(kept.density().item(), abs=1e-5)
         assert row["speedup"] == pytest.approx(dense["ms"] / row["ms"], rel=1e-4)
@@ -255,8 +255,8 @@ def text_task(tmp_path_factory):
     return path, text
 
 
-def load(path, text, tokens=600, excerpts=1):
-    arguments = Namespace(model=str(path), text=text, excerpts=excerpts, device=torch.device("cpu"))
+def load(path, text, *more, tokens=600, excerpts=1):
+    arguments = Namespace(model=str(path), text=[text, *more], excerpts=excerpts, device=torch.device("cpu"))
     return room("models").load_task(arguments, torch.float32, tokens)
 
 
@@ -302,6 +302,42 @@ def test_the_loss_of_excerpts_is_the_mean_of_theirs_from_the_first_to_the_last(t
 
     assert task.loss() == pytest.approx(-sum(losses) / 150, rel=1e-4)
     assert "3 excerpts of 101 tokens" in task.name
+
+
+def test_every_text_gives_as_many_excerpts(text_task, tmp_path):
+    path, text = text_task
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed(CORPUS * 8)))
+    alone = [load(path, each, tokens=101, excerpts=2).loss() for each in (text, other)]
+    together = load(path, text, other, tokens=101, excerpts=2)
+
+    assert together.loss() == pytest.approx(sum(alone) / 2, rel=1e-5) and alone[0] != alone[1]
+    assert "text.txt, other.txt, 4 excerpts of 101 tokens" in together.name
+
+
+def test_divergence_is_how_far_predictions_are_from_those_of_dense_attention(text_task):
+    quality, task = room("quality"), load(*text_task, excerpts=2)
+    way = room("baselines").Way(room("baselines").rrattention, "dropped", 16, 4)
+    dense_loss, (half, whole) = quality.losses_with(task, [(way, 0.5), (way, 1.0)])
+
+    def attention(layer, q, k, v, scale):
+        length = q.shape[2]
+        kept = quality.chosen(way, 0.5, q, k, scale).mask().repeat_interleave(16, 2).repeat_interleave(16, 3)
+        hidden = ~kept[:, :, :length, :length] | torch.ones(length, length).triu(1).bool()
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return (scale * q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+    expected = []
+    for read in task.readings:
+        dense = read()[0].double().softmax(-1)
+        with room("models").attending(task.model, attention):
+            sparse = read()[0].double().softmax(-1)
+        expected += [(p * (p / q).log()).sum() for p, q in zip(dense, sparse, strict=True)]
+
+    assert half.divergence == pytest.approx(float(sum(expected) / len(expected)), rel=1e-3) and half.divergence > 1e-5
+    assert half.stats.density() < 1 and whole.stats.density() == 1
+    assert whole.divergence == pytest.approx(0, abs=1e-7) and whole.loss == pytest.approx(dense_loss, rel=1e-6)
+    assert dense_loss == pytest.approx(task.loss(), rel=1e-5)
 
 
 def test_quality_of_a_text_ends_in_one_line_of_json_and_a_plot(run, text_task, tmp_path):

@@ -9,10 +9,11 @@ from checkpoints import make_checkpoint
 from videomme import write_set
 
 from rrattention import RRConfig
+from rrattention import config as rules
 from rreval.data import load_set
 from rreval.journal import Journal, Record, begin_run, read_run
 from rreval.runner import deal, run, unanswered
-from rreval.settings import DEFAULTS, LABELS, PRESETS, RunSettings, choices_of, config_of
+from rreval.settings import DEFAULTS, LABELS, PRESETS, RULES, RunSettings, choices_of, config_of
 from rrvideo import VideoQA
 from rrvideo.errors import RRVideoError
 from rrvideo.pipeline import Video
@@ -251,6 +252,11 @@ def test_the_papers_preset_keeps_blocks_by_the_papers_rule():
     assert config_of(choices_of("rrattention-paper", {})) == RRConfig.paper(0.95)
     assert config_of(choices_of("rrattention-paper", {"rule": "default", "tau": 0.9})) == RRConfig(tau=0.9)
     assert config_of(choices_of(None, {"tau": 0.8})) == RRConfig(tau=0.8)
+    assert config_of(choices_of(None, {"rule": "fine", "tau": 0.8})) == RRConfig.fine(0.8)
+
+
+def test_every_rule_that_can_be_chosen_is_one_of_rrattentions():
+    assert set(RULES) == set(rules.RULES)
 
 
 def test_a_reader_that_is_not_installed_is_told_before_the_run(monkeypatch):

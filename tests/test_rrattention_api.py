@@ -219,6 +219,11 @@ def test_the_papers_rule_is_per_row_of_all_mass_and_drops_the_rest():
     assert RRConfig.paper(0.9).tau == 0.9
 
 
+def test_the_fine_rule_scores_smaller_blocks_more_closely_by_all_mass():
+    assert RRConfig.fine() == RRConfig(block_size=64, stride=4, counted="all")
+    assert RRConfig.fine(0.9).tau == 0.9
+
+
 def test_importing_rrattention_imports_neither_transformers_nor_triton():
     code = "import sys, torch; had = set(sys.modules); import rrattention; print(*(set(sys.modules) - had))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

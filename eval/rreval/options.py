@@ -10,7 +10,7 @@ from rrvideo import options
 
 __all__ = ["RULE", "add_set", "add_settings"]
 
-RULE = "which blocks RRAttention keeps: by its own default rule, or by the paper's (default: default)"
+RULE = "which blocks RRAttention keeps: by its own default rule, the paper's, or a finer one (default: default)"
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "subtitles": False,
     "max_new_tokens": 128,
 }
-RULES = ("default", "paper")  # by which blocks are kept: RRConfig's, or RRConfig.paper's
+RULES = ("default", "paper", "fine")  # by which blocks are kept: the names in rrattention.config
 PIXELS = ("min_pixels", "max_pixels", "total_pixels")
 # Settings that only name things: two runs that differ in nothing else are one.
 LABELS = ("preset", "model", "dataset", "versions")
@@ -94,10 +94,9 @@ def choices_of(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_of(choices: Mapping[str, Any]) -> RRConfig:
     """What RRAttention is to do by these choices."""
-    from rrattention import RRConfig
+    from rrattention import config
 
-    make = RRConfig.paper if choices["rule"] == "paper" else RRConfig
-    return make(tau=choices["tau"])
+    return config.RULES[choices["rule"]](tau=choices["tau"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from torch.nn import functional
 from rrattention import BlockGrid, BlockSelection, RRConfig, estimate, select
 from rrattention.config import Counted, Scope, Skipped
 
+FINE = RRConfig.fine()
 FLEX_TAU = 0.1  # FlexPrefill's bound on the divergence up to which pooled queries and keys are believed
 
 Method = Callable[[Tensor, Tensor, BlockGrid, RRConfig, float], BlockSelection]  # query, key, grid, config, scale
@@ -38,10 +39,16 @@ def rrattention(query: Tensor, key: Tensor, grid: BlockGrid, config: RRConfig, s
 
 
 class Way(NamedTuple):
-    """How blocks are chosen, and what becomes of the others."""
+    """How blocks are chosen, what becomes of the others, and how large blocks and strides are."""
 
     choose: Method
     skipped: Skipped = "dropped"
+    block_size: int = 128
+    stride: int = 8
+
+    def config(self, tau: float) -> RRConfig:
+        """The settings that `choose` is called with, sparse at any length."""
+        return RRConfig(self.block_size, self.stride, tau=tau, min_tokens=0)
 
 
 def by(scope: Scope, counted: Counted, method: Method) -> Method:
@@ -141,6 +148,7 @@ def flexprefill(query: Tensor, key: Tensor, grid: BlockGrid, config: RRConfig, s
 
 METHODS = {
     "RRAttention": Way(by("heads", "choice", rrattention), "pooled"),
+    "RRAttention fine": Way(by("heads", "all", rrattention), "pooled", FINE.block_size, FINE.stride),
     "RRAttention dropped": Way(by("heads", "choice", rrattention)),
     "RRAttention all": Way(by("heads", "all", rrattention)),
     "RRAttention paper": Way(by("row", "all", rrattention)),

@@ -1,7 +1,7 @@
 """Real models for the benchmarks: what reaches their attention, and what they lose when it is replaced.
 
-A `Task` is a loaded checkpoint with something to read: a text, of which it predicts the second half token by token; or
-videos, of which it is asked questions with known answers. Its attention can be replaced by any function.
+A `Task` is a loaded checkpoint with something to read: excerpts of texts, of which it predicts the second half token by
+token; or videos, of which it is asked questions with known answers. Its attention can be replaced by any function.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -28,15 +29,22 @@ FRAMES = 32  # of a video that are encoded at a time
 QUESTIONS = 12  # about each video of the embedded model's world
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+Reading = Callable[[], tuple[Tensor, Tensor]]  # logits [tokens, vocabulary], and which tokens were right
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A model and `loss()`, which prefills and returns nats a token: mean over what the model should have said."""
+    """A model and its readings, each of which prefills one excerpt or video and predicts what comes of it."""
 
     name: str
     model: Any
-    loss: Callable[[], float]
+    readings: Sequence[Reading]
+
+    def loss(self) -> float:
+        """Read everything; returns nats a token, the mean over what the model should have said."""
+        predicted = (read() for read in self.readings)
+        losses = [cross_entropy(logits.float(), right, reduction="none") for logits, right in predicted]
+        return float(torch.cat(losses).mean())
 
     @property
     def layers(self) -> int:
@@ -86,8 +94,8 @@ def capture(task: Task, layers: Sequence[int] = ()) -> list[Inputs]:
 def add_model_arguments(parser: ArgumentParser) -> None:
     """Add the options that `load_task` reads."""
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint, or 'tiny', the embedded model")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="what the model reads")
-    parser.add_argument("--excerpts", type=int, default=1, help="that are taken from the text, far from each other")
+    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="what the model reads")
+    parser.add_argument("--excerpts", type=int, default=1, help="that are taken from each text, far from each other")
     parser.add_argument("--video", type=Path, metavar="FILE", help="what a Qwen2-VL model watches")
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second of --video (default: 1)")
     parser.add_argument(
@@ -104,7 +112,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 
 
 def load_task(arguments: Namespace, dtype: torch.dtype, tokens: int | None = None) -> Task:
-    """Load `--model` with what it is to read: `--text` (its first `tokens` tokens), `--video`, or videos of our world.
+    """Load `--model` with what it is to read: `tokens` tokens of each `--text`, `--video`, or videos of our world.
 
     Videos need one of the families of models that rrvideo knows.
     """
@@ -128,22 +136,23 @@ def _text_task(path: str | Path, arguments: Namespace, dtype: torch.dtype, token
     model = getattr(transformers, config.architectures[0]).from_pretrained(path, dtype=dtype)
     model = model.to(arguments.device).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    ids = tokenizer(arguments.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
-    tokens, count = min(tokens or len(ids), len(ids)), arguments.excerpts
-    starts = [(len(ids) - tokens) * number // max(1, count - 1) for number in range(count)]
-    excerpts = [ids[None, start : start + tokens].to(arguments.device) for start in starts]
-    half = tokens // 2
+    excerpts: list[Tensor] = []
+    for text in arguments.text:
+        ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0].to(arguments.device)
+        length, count = min(tokens or len(ids), len(ids)), arguments.excerpts
+        starts = [(len(ids) - length) * number // max(1, count - 1) for number in range(count)]
+        excerpts += [ids[None, start : start + length] for start in starts]
 
     @torch.no_grad()
-    def loss() -> float:
-        losses = []
-        for excerpt in excerpts:
-            logits = model(input_ids=excerpt, use_cache=False, logits_to_keep=tokens - half).logits[0, :-1]
-            losses.append(float(cross_entropy(logits.float(), excerpt[0, half + 1 :])))
-        return sum(losses) / count
+    def read(excerpt: Tensor) -> tuple[Tensor, Tensor]:
+        half = excerpt.shape[1] // 2
+        logits = model(input_ids=excerpt, use_cache=False, logits_to_keep=excerpt.shape[1] - half).logits
+        return logits[0, :-1], excerpt[0, half + 1 :]
 
-    shown = f"{tokens} tokens" if count == 1 else f"{count} excerpts of {tokens} tokens"
-    return Task(f"{Path(arguments.model).name} on {arguments.text.name}, {shown}", model, loss)
+    lengths = sorted(excerpt.shape[1] for excerpt in excerpts)
+    shown = f"{lengths[-1]} tokens" if len(excerpts) == 1 else f"{len(excerpts)} excerpts of {lengths[-1]} tokens"
+    names = ", ".join(text.name for text in arguments.text)
+    return Task(f"{Path(arguments.model).name} on {names}, {shown}", model, [partial(read, each) for each in excerpts])
 
 
 def _video_task(path: str | Path, arguments: Namespace, dtype: torch.dtype) -> Task:
@@ -165,12 +174,8 @@ def _video_task(path: str | Path, arguments: Namespace, dtype: torch.dtype) -> T
                 watched.append(_watch_world(qa.checkpoint, seed, arguments.world_seconds, Path(folder) / f"{seed}.mp4"))
         shown = f"{arguments.world} videos of our world"
     sizes = sorted(video.embeddings.shape[1] for video in watched)
-
-    def loss() -> float:
-        losses = torch.cat([video.losses() for video in watched])
-        return float(losses.mean())
-
-    return Task(f"{Path(arguments.model).name} on {shown}, {sizes[0]} to {sizes[-1]} tokens", qa.checkpoint.model, loss)
+    name = f"{Path(arguments.model).name} on {shown}, {sizes[0]} to {sizes[-1]} tokens"
+    return Task(name, qa.checkpoint.model, [video.read for video in watched])
 
 
 def _watch_world(checkpoint: Any, seed: int, seconds: float, path: Path) -> _Watched:
@@ -224,16 +229,16 @@ class _Watched:
             asked.append((checkpoint.question(prefix, [question]), torch.tensor(ids)))
         return cls(checkpoint, prefix, embeddings[None], asked)
 
-    def losses(self) -> Tensor:
-        """Prefill the video, and return the loss of each token of the answers."""
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Prefill the video, and predict the tokens of the answers."""
         checkpoint, cache = self.checkpoint, self.checkpoint.new_cache()
         checkpoint.forward(self.embeddings, self.prefix.positions[:, None], cache)
-        losses = []
+        predicted = []
         for question, answer in self.asked:
             ids = torch.cat([question, answer[:-1]])
             positions = self.prefix.next_positions(len(ids))[:, None]
             logits = checkpoint.forward(checkpoint.embed(ids)[None], positions, cache, last_only=False)
             cache.crop(-len(ids))
-            wanted = answer.to(logits.device)
-            losses.append(cross_entropy(logits[0, -len(answer) :].float(), wanted, reduction="none"))
-        return torch.cat(losses)
+            predicted.append(logits[0, -len(answer) :])
+        right = torch.cat([answer for _, answer in self.asked])
+        return torch.cat(predicted), right.to(self.embeddings.device)

@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from rrattention import BACKENDS, BlockSelection, RRConfig, attend, dense_attention, estimate, rr_attention, select
+from rrattention.config import RULES
 
 GATE_LENGTH = 1100  # tokens: nine blocks, the last of them ragged
 SPOT_ROWS = 16  # rows of the output that are computed again at each length
@@ -40,7 +41,6 @@ DEFAULTS = {
     "cuda": (28, 4, 128, "bfloat16", [2**i for i in range(12, 19)]),
     "cpu": (8, 2, 64, "float32", [4096, 8192, 16384]),
 }
-RULES = {"default": RRConfig, "paper": RRConfig.paper}
 COLUMNS = {
     **{"length": "d", "way": "s", "tau": "g", "ms": ".3f", "low": ".3f", "high": ".3f", "speedup": ".2f"},
     **{"density": ".3f", "chosen": ".3f", "estimate": ".3f", "select": ".3f", "attend": ".3f", "flex": ".3f"},
@@ -90,34 +90,33 @@ def main() -> int:
 
 def check_small(arguments: argparse.Namespace, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Compare every stage with the reference in float64 at `GATE_LENGTH` tokens."""
-    backend, config = arguments.backend, ruled(arguments.rule[0], arguments.tau[0])
+    backend = arguments.backend
     shape = (arguments.heads, arguments.kv_heads, arguments.head_dim, GATE_LENGTH)
     inputs = generate(*shape, dtype=dtype, device=arguments.device)
     q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
     exact_q, exact_k, exact_v = q.double(), k.double(), v.double()
 
-    scores = estimate(q, k, config=config, scale=scale, backend=backend)
-    expected = estimate(exact_q, exact_k, config=config, scale=scale, backend="reference")
-    yield check("estimate", relative_error(scores, expected), SCORE_ERROR[dtype])
-
+    # What dense attention loses in this precision is the measure of what ours may lose.
+    dense = dense_attention(exact_q, exact_k, exact_v, scale=scale)
+    limit = 2 * relative_error(dense_attention(q, k, v, scale=scale), dense) + 1e-6
     for rule in arguments.rule:
+        config = ruled(rule, arguments.tau[0])
+        scores = estimate(q, k, config=config, scale=scale, backend=backend)
+        expected = estimate(exact_q, exact_k, config=config, scale=scale, backend="reference")
+        yield check(f"estimate {rule}", relative_error(scores, expected), SCORE_ERROR[dtype])
         for tau in (*arguments.tau, 1.0):
             kept, wanted = (
                 select(scores, GATE_LENGTH, GATE_LENGTH, config=ruled(rule, tau), backend=b).mask()
                 for b in (backend, "reference")
             )
             yield check(f"select {rule} tau {tau:g}", float((kept != wanted).sum() / wanted.sum()), 1e-3)
-
-    # What dense attention loses in this precision is the measure of what ours may lose.
-    dense = dense_attention(exact_q, exact_k, exact_v, scale=scale)
-    limit = 2 * relative_error(dense_attention(q, k, v, scale=scale), dense) + 1e-6
-    whole = rr_attention(q, k, v, config=RRConfig(tau=1.0, min_tokens=0), scale=scale, backend=backend)
-    yield check("tau 1 against dense", relative_error(whole, dense), limit)
-    selection = select(scores, GATE_LENGTH, GATE_LENGTH, config=config, backend=backend)
-    for skipped in ("pooled", "dropped"):
-        out = attend(q, k, v, selection, scale=scale, skipped=skipped, backend=backend)
-        expected = attend(exact_q, exact_k, exact_v, selection, scale=scale, skipped=skipped, backend="reference")
-        yield check(f"attend, {skipped}", relative_error(out, expected), limit)
+        whole = rr_attention(q, k, v, config=ruled(rule, 1.0), scale=scale, backend=backend)
+        yield check(f"{rule} tau 1 against dense", relative_error(whole, dense), limit)
+        selection = select(scores, GATE_LENGTH, GATE_LENGTH, config=config, backend=backend)
+        for skipped in ("pooled", "dropped"):
+            out = attend(q, k, v, selection, scale=scale, skipped=skipped, backend=backend)
+            expected = attend(exact_q, exact_k, exact_v, selection, scale=scale, skipped=skipped, backend="reference")
+            yield check(f"attend {rule}, {skipped}", relative_error(out, expected), limit)
 
 
 def time_length(
@@ -133,19 +132,22 @@ def time_length(
         {"way": name, "error": relative_error(work(), baseline)} for name, work in dense_ways.items()
     ]
 
-    any_config = RRConfig(min_tokens=0)
-    scores = estimate(q, k, config=any_config, scale=scale, backend=backend)
-    works["estimate"] = lambda: estimate(q, k, config=any_config, scale=scale, backend=backend)
     configs = {(rule, tau): ruled(rule, tau) for tau in arguments.tau for rule in arguments.rule}
+    scores: dict[tuple[int, int], Tensor] = {}  # tau does not matter to them
+    for config in configs.values():
+        if (size := (config.block_size, config.stride)) not in scores:
+            works["estimate", size] = partial(estimate, q, k, config=config, scale=scale, backend=backend)
+            scores[size] = works["estimate", size]()
     rows: list[dict[str, Any]] = []
     checks = []
     for (rule, tau), config in configs.items():
-        selection = select(scores, length, length, config=config, backend=backend)
+        scored = scores[config.block_size, config.stride]
+        selection = select(scored, length, length, config=config, backend=backend)
         out = attend(q, k, v, selection, scale=scale, skipped=config.skipped, backend=backend)
         wrong = spot_error(inputs, selection, out, pooled=config.skipped == "pooled")
         checks.append(check(f"rows at {length}, {rule} tau {tau:g}", wrong, 2 * limit))  # a few scatter more than all
         rows.append(_described(rule, tau, selection) | {"error": relative_error(out, baseline)})
-        works |= {(config, name): work for name, work in _stages(inputs, config, scores, selection, backend).items()}
+        works |= {(config, name): work for name, work in _stages(inputs, config, scored, selection, backend).items()}
         if "flex" in arguments.against and (flex := _flex(inputs, selection)):
             works[config, "flex"] = flex
     del baseline, out
@@ -162,7 +164,7 @@ def time_length(
     for config, row in zip(configs.values(), rows, strict=True):
         taken = times[config, "total"]
         row |= {"length": length, **_columns(taken), "speedup": fastest / taken.median}
-        row |= {"estimate": times["estimate"].median}
+        row |= {"estimate": times["estimate", (config.block_size, config.stride)].median}
         row |= {name: times[config, name].median for name in ("select", "attend", "flex") if (config, name) in times}
         row |= {"overhead": (row["estimate"] + row["select"]) / fastest}
         row |= {"TFLOP/s": flops * row["pairs"] / row["attend"]}
@@ -373,7 +375,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, help="default: 128 on a GPU, 64 on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the generator")
     parser.add_argument("--tau", type=float, nargs="+", default=[0.95, 0.9])
-    parser.add_argument("--rule", nargs="+", choices=RULES, default=list(RULES), help="RRConfig() or RRConfig.paper()")
+    parser.add_argument(
+        "--rule", nargs="+", choices=RULES, default=["default", "paper"], help="which blocks are kept (default: by two)"
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="whose stages are timed")
     parser.add_argument(
         "--against",

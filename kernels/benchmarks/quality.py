@@ -1,21 +1,24 @@
 """Measure what block-sparse attention loses against how many blocks it keeps, for RRAttention and other ways to choose.
 
     python kernels/benchmarks/quality.py --model tiny                  videos of our world, questions with answers
-    python kernels/benchmarks/quality.py --model PATH --text FILE --tokens 8192
+    python kernels/benchmarks/quality.py --model PATH --text FILE FILE --tokens 8192 --excerpts 2
     python kernels/benchmarks/quality.py --model PATH --video FILE --ask "Who scores first?" "The red team."
     python kernels/benchmarks/quality.py --length 4096                 a generator's inputs: no model, so no loss
 
 For each method and tau: the error of attention's output (relative L2 against dense attention) and the attention mass
-that was kept, over the layers' true inputs; and the model's loss when all its layers attend that way. Correctness comes
-first; the last line is one JSON document.
+that was kept, over the layers' true inputs; and the model's loss when all its layers attend that way, with how far its
+predictions are from those of the dense model. Correctness comes first; the last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,19 +30,26 @@ from harness import check, default_device, finish, machine, print_gate, relative
 from inputs import Inputs, generate
 from models import Task, add_model_arguments, attending, capture, load_task
 from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
 
-from rrattention import BlockGrid, BlockStats, RRConfig, attend, dense_attention
+from rrattention import BlockGrid, BlockSelection, BlockStats, attend, dense_attention
 
 GATE_LENGTH = 640  # tokens of a layer's inputs that everything is checked on, in float64
+TINY = 1e-12  # a divergence that is as good as none
 COLUMNS = {
     **{"method": "s", "tau": "g", "density": ".3f", "chosen": ".3f", "error": ".4f", "low": ".4f", "high": ".4f"},
-    **{"mass": ".4f", "loss": ".4f", "increase": ".2%", "loss density": ".3f"},
+    **{"mass": ".4f", "loss": ".4f", "increase": ".2%", "divergence": ".4f", "loss density": ".3f"},
+}
+EQUAL_COLUMNS = {
+    **{"density": ".3f", "method": "s", "error": ".4f"},
+    **{"loss density": ".3f", "increase": ".2%", "divergence": ".4f"},
 }
 LEGEND = """\
 density, chosen    kept over visible blocks over all layers, and the same without the mandatory ones
 error, low, high   relative L2 of attention's output against dense attention: median, least and most of the layers
 mass               the share of the true attention mass that lies in the kept blocks
 loss, increase     nats a token when all layers attend this way, and how much more than densely
+divergence         nats a token from what the dense model predicts (KL): by chance it cannot fall, as a loss can
 loss density       density in those runs, where each layer sees what the layers before it made of their inputs"""
 
 
@@ -66,16 +76,16 @@ def main() -> int:
 
     rows = measure(layers, arguments.methods, arguments.tau)
     if task is not None:
-        summary["dense loss"] = dense = loss_with(task, None, RRConfig())[0]
-        for row in rows:
-            loss, stats = loss_with(task, METHODS[row["method"]], _config(row["tau"]))
-            row |= {"loss": loss, "increase": loss / dense - 1, "loss density": float(stats.density())}
+        summary["dense loss"], losses = losses_with(task, [(METHODS[row["method"]], row["tau"]) for row in rows])
+        for row, found in zip(rows, losses, strict=True):
+            row |= {"loss": found.loss, "increase": found.loss / summary["dense loss"] - 1}
+            row |= {"divergence": found.divergence, "loss density": float(found.stats.density())}
     print(table(rows, COLUMNS))
     print(LEGEND)
     summary["at equal density"] = equal = at_equal_density(rows)
     if equal:
         print("at the densities of RRAttention paper, by linear interpolation:")
-        print(table(equal, {"density": ".3f", "method": "s", "error": ".4f", "increase": ".2%"}))
+        print(table(equal, EQUAL_COLUMNS))
     if arguments.plot:
         series = {m: [(row["density"], row["error"]) for row in rows if row["method"] == m] for m in arguments.methods}
         title = f"Output error against density: {name}"
@@ -87,8 +97,8 @@ def main() -> int:
 def check_all(inputs: Inputs, task: Task | None) -> Iterator[dict[str, Any]]:
     """Check what the figures rest on: the oracle's mass, that tau 1 is dense, and that the model is really replaced."""
     q, k, v = inputs.q.double(), inputs.k.double(), inputs.v.double()
-    length, scale, config = q.shape[2], inputs.scale, _config(1.0)
-    grid = BlockGrid.of(q, length, length, config)
+    length, scale, ours = q.shape[2], inputs.scale, METHODS["RRAttention"]
+    grid = BlockGrid.of(q, length, length, ours.config(1.0))
     size, group = grid.block_size, q.shape[1] // k.shape[1]
     logits = scale * q @ k.repeat_interleave(group, dim=1).mT
     hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
@@ -103,63 +113,105 @@ def check_all(inputs: Inputs, task: Task | None) -> Iterator[dict[str, Any]]:
     own = inputs.q, inputs.k, inputs.v
     limit = 2 * relative_error(dense_attention(*own, scale=scale), dense) + 1e-6
     for name, way in METHODS.items():
-        out = attend(*own, way.choose(inputs.q, inputs.k, grid, config, scale), scale=scale, skipped=way.skipped)
+        selection = chosen(way, 1.0, inputs.q, inputs.k, scale)
+        out = attend(*own, selection, scale=scale, skipped=way.skipped)
         yield check(f"{name} with tau 1 against dense", relative_error(out, dense), limit)
     if task is not None:
-        replaced, stats = loss_with(task, METHODS["RRAttention"], config)
+        _, (replaced,) = losses_with(task, [(ours, 1.0)])
         close = 1e-2 if inputs.q.dtype == torch.bfloat16 else 1e-3
-        yield check("loss with tau 1 against the model's own attention", abs(replaced / task.loss() - 1), close)
-        yield check("prefills that were not replaced", float(stats.visible == 0), 0.5)
+        yield check("loss with tau 1 against the model's own attention", abs(replaced.loss / task.loss() - 1), close)
+        yield check("prefills that were not replaced", float(replaced.stats.visible == 0), 0.5)
 
 
 def measure(layers: Sequence[Inputs], methods: Sequence[str], taus: Sequence[float]) -> list[dict[str, Any]]:
     """Return a row for each method and tau: density, error and kept mass over `layers`."""
     found: dict[tuple[str, float], list[tuple[BlockStats, float, float]]] = {}
     for inputs in layers:
-        q, k, v, length = inputs.q, inputs.k, inputs.v, inputs.q.shape[2]
-        grid = BlockGrid.of(q, length, length, _config(1.0))
+        q, k, v = inputs.q, inputs.k, inputs.v
         dense = dense_attention(q, k, v, scale=inputs.scale)
-        mass = block_mass(q, k, grid, scale=inputs.scale)
+        masses: dict[int, Tensor] = {}  # by the size of the blocks
         for name in methods:
+            way = METHODS[name]
             for tau in taus:
-                selection = METHODS[name].choose(q, k, grid, _config(tau), inputs.scale)
-                out = attend(q, k, v, selection, scale=inputs.scale, skipped=METHODS[name].skipped)
+                selection = chosen(way, tau, q, k, inputs.scale)
+                if way.block_size not in masses:
+                    masses[way.block_size] = block_mass(q, k, selection.grid, scale=inputs.scale)
+                mass = masses[way.block_size]
+                out = attend(q, k, v, selection, scale=inputs.scale, skipped=way.skipped)
                 kept = float((mass * selection.mask()).sum() / mass.sum())
                 found.setdefault((name, tau), []).append((selection.stats(), relative_error(out, dense), kept))
     return [_row(name, tau, of_layers) for (name, tau), of_layers in found.items()]
 
 
-def loss_with(task: Task, way: Way | None, config: RRConfig) -> tuple[float, BlockStats]:
-    """Return the task's loss when prefills attend to the blocks of `way` (None: densely), and their block counts."""
+def chosen(way: Way, tau: float, query: Tensor, key: Tensor, scale: float) -> BlockSelection:
+    """Which blocks `way` keeps of a causal call."""
+    config = way.config(tau)
+    return way.choose(query, key, BlockGrid.of(query, query.shape[2], key.shape[2], config), config, scale)
+
+
+@dataclass(slots=True)
+class Losses:
+    """What a model loses, in nats a token, and the blocks that its layers kept."""
+
+    loss: float
+    divergence: float
+    stats: BlockStats
+
+
+def losses_with(task: Task, ways: Sequence[tuple[Way, float]]) -> tuple[float, list[Losses]]:
+    """The loss when all prefills of `task` attend densely, and what each way and tau makes of it."""
     zero = torch.zeros((), dtype=torch.long)
-    total = BlockStats(zero, zero, zero)
+    totals = [Losses(0.0, 0.0, BlockStats(zero, zero, zero)) for _ in ways]
+    dense_loss, tokens = 0.0, 0
+    for read in task.readings:
+        with attending(task.model, _dense):
+            logits, right = read()
+        dense = logits.float().log_softmax(dim=-1)
+        dense_loss += float(nll_loss(dense, right, reduction="sum"))
+        tokens += len(right)
+        for (way, tau), total in zip(ways, totals, strict=True):
+            with attending(task.model, partial(_sparse, way, tau, total)):
+                found = read()[0].float().log_softmax(dim=-1)
+            total.loss += float(nll_loss(found, right, reduction="sum"))
+            total.divergence += float(kl_div(found, dense, reduction="sum", log_target=True))
+    for total in totals:
+        total.loss, total.divergence = total.loss / tokens, total.divergence / tokens
+    return dense_loss / tokens, totals
 
-    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        nonlocal total
-        if way is None or q.shape[2] < k.shape[2]:  # a question after its video is short, and exact
-            return dense_attention(q, k, v, scale=scale)
-        grid = BlockGrid.of(q, q.shape[2], k.shape[2], config)
-        selection = way.choose(q, k, grid, config, scale)
-        stats = selection.stats()
-        total += BlockStats(stats.kept.cpu(), stats.visible.cpu(), stats.mandatory.cpu())
-        return attend(q, k, v, selection, scale=scale, skipped=way.skipped)
 
-    with attending(task.model, attention):
-        loss = task.loss()
-    return loss, total
+def _dense(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return dense_attention(q, k, v, scale=scale)
+
+
+def _sparse(way: Way, tau: float, total: Losses, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.shape[2] < k.shape[2]:  # a question after its video is short, and exact
+        return dense_attention(q, k, v, scale=scale)
+    selection = chosen(way, tau, q, k, scale)
+    stats = selection.stats()
+    total.stats += BlockStats(stats.kept.cpu(), stats.visible.cpu(), stats.mandatory.cpu())
+    return attend(q, k, v, selection, scale=scale, skipped=way.skipped)
 
 
 def at_equal_density(rows: Sequence[dict[str, Any]], reference: str = "RRAttention paper") -> list[dict[str, Any]]:
-    """What each method loses at each density of `reference`, read off the lines between its points."""
+    """What each method loses at each density of `reference`, read off the lines between its points.
+
+    Losses are compared at the densities of the runs that they come from.
+    """
     found = []
-    for density in sorted({row["density"] for row in rows if row["method"] == reference}, reverse=True):
+    for point in sorted((row for row in rows if row["method"] == reference), key=lambda row: -row["density"]):
         for name in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == name]
-            error = _interpolate([(row["density"], row["error"]) for row in mine], density)
-            losses = [(row["loss density"], row["increase"]) for row in mine if "increase" in row]
-            if error is not None:
-                found.append({"density": density, "method": name, "error": error})
-                found[-1]["increase"] = _interpolate(losses, density)
+            error = _interpolate([(row["density"], row["error"]) for row in mine], point["density"])
+            if error is None:
+                continue
+            found.append({"density": point["density"], "method": name, "error": error})
+            if density := point.get("loss density"):
+                increase = _interpolate([(row["loss density"], row["increase"]) for row in mine], density)
+                # A divergence falls as steeply as the density grows: it is on the line of its logarithms.
+                logs = [(row["loss density"], math.log(max(row["divergence"], TINY))) for row in mine]
+                log = _interpolate(logs, density)
+                divergence = None if log is None else math.exp(log)
+                found[-1] |= {"loss density": density, "increase": increase, "divergence": divergence}
     return found
 
 
@@ -187,10 +239,6 @@ def _row(method: str, tau: float, of_layers: Sequence[tuple[BlockStats, float, f
         "high": max(errors),
         "mass": statistics.mean(masses),
     }
-
-
-def _config(tau: float) -> RRConfig:
-    return RRConfig(tau=tau, min_tokens=0)
 
 
 def _arguments() -> argparse.Namespace:

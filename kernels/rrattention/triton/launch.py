@@ -114,7 +114,7 @@ TABLE: dict[int, dict[tuple[str, int, int], Launch]] = {
         ("estimate", 256, 32): Launch(64, 32, 8, 2),
         ("select", 256, 32): Launch(1, 1024, 4, 1),
         ("attend", 64, 16): Launch(128, 128, 8, 3),
-        ("attend", 128, 16): Launch(128, 64, 8, 4),
+        ("attend", 128, 16): Launch(128, 64, 8, 3),
         ("attend", 256, 16): Launch(64, 64, 8, 2),
         ("attend", 64, 32): Launch(64, 32, 8, 2),
         ("attend", 128, 32): Launch(16, 32, 8, 2),
