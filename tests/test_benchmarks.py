@@ -4,8 +4,10 @@ import importlib
 import itertools
 import json
 import math
+import runpy
 import sys
 from argparse import Namespace
+from dataclasses import astuple
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -392,3 +394,17 @@ def test_a_chart_puts_larger_values_higher_and_names_its_lines():
     assert "a & b" in [text.text for text in chart.iter(f"{svg}text")]
     with pytest.raises(ValueError, match="must have a point"):
         room("chart").line_chart("t", "x", "y", {"empty": []})
+
+
+def test_autotune_writes_one_line_of_the_launch_table(tmp_path):
+    autotune, launch = room("autotune"), importlib.import_module("rrattention.triton.launch")
+    copy = tmp_path / "launch.py"
+    copy.write_text(Path(launch.__file__).read_text())
+    key = ("attend", 128, 16)
+    autotune.write(copy, 90, key, launch.Launch(16, 32, 4, 2))
+
+    before, after = launch.TABLE, runpy.run_path(str(copy))["TABLE"]
+    changed = [(a, each) for a in after for each in after[a] if astuple(after[a][each]) != astuple(before[a][each])]
+    assert changed == [(90, key)] and astuple(after[90][key]) == (16, 32, 4, 2)
+    with pytest.raises(ValueError, match="no line for"):
+        autotune.write(copy, 90, ("attend", 72, 16), launch.Launch(16, 32, 4, 2))

@@ -1,9 +1,9 @@
-"""Time launch configurations on the GPU at hand and print the lines of the launch table that are the fastest.
+"""Time launch configurations on the GPU at hand, and print or write the lines of the launch table that are fastest.
 
     python kernels/benchmarks/autotune.py --length 131072 --heads 28 --kv-heads 4 --head-dim 128 --dtype bf16
 
 Candidates that spill registers or do not fit into shared memory are left out, as the tests would refuse them. Every
-other one has to return what the table's launch returns. Replace the lines in `rrattention/triton/launch.py` by hand.
+other one has to return what the table's launch returns. `--write` puts the lines into `rrattention/triton/launch.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import argparse
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 import triton
@@ -24,6 +26,7 @@ from compile_report import ARCHITECTURES, CHOICES, Case, compile_case, dtype_nam
 from torch import Tensor
 
 from rrattention import BlockGrid, BlockSelection, RRConfig
+from rrattention.triton import launch as launch_table
 from rrattention.triton.launch import TABLE, Launch
 
 # Values of tile_m, tile_n, num_warps and num_stages, all with all.
@@ -52,12 +55,11 @@ class Timing:
 def calls(arguments: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     """Return one call of each kernel on random tensors laid out as Hugging Face does."""
     from rrattention import triton as stages
-    from rrattention.triton import launch
     from rrattention.triton.means import add_means
     from rrattention.triton.pool import pool
     from rrattention.triton.segments import segment_logsumexp
 
-    launch.GLUON_VERSIONS = ()  # "attend" means the Triton kernel here
+    launch_table.GLUON_VERSIONS = ()  # "attend" means the Triton kernel here
 
     def rows(heads: int) -> Tensor:
         shape = 1, arguments.length, heads, arguments.head_dim
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--stride", type=int, default=8)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
+    parser.add_argument("--write", action="store_true", help="put the fastest into the table, in its file")
     arguments = parser.parse_args()
 
     major, minor = torch.cuda.get_device_capability()
@@ -146,8 +149,23 @@ def main() -> None:
         launch = f"Launch{astuple(fastest.launch)}"
         lines.append(f'        ("{kernel}", {dim}, {bits}): {launch},  # {fastest.median:.3f} ms, {gain:.2f}x as fast')
 
+        if arguments.write:
+            write(Path(launch_table.__file__), ARCHITECTURES[arch][0], case.key, fastest.launch)
+
     print(f"for TABLE[{ARCHITECTURES[arch][0]}]:", *lines, sep="\n")
     print(json.dumps(vars(arguments) | {"device": device, "best": best}))
+
+
+def write(path: Path, architecture: int, key: tuple[str, int, int], launch: Launch) -> None:
+    """Replace one line of the launch table in the file at `path`. ValueError if it has no such line."""
+    before, start, rest = path.read_text(encoding="utf-8").partition(f"    {architecture}: {{\n")
+    section, end, after = rest.partition("    },\n")
+    kernel, dim, bits = key
+    line = re.compile(rf'^( *\("{kernel}", {dim}, {bits}\): )Launch\([^)]*\)', re.MULTILINE)
+    section, found = line.subn(rf"\g<1>Launch{astuple(launch)}", section)
+    if found != 1:
+        raise ValueError(f"{path} has no line for {key} under {architecture}")
+    path.write_text(before + start + section + end + after, encoding="utf-8")
 
 
 def _fits(case: Case, launch: Launch) -> bool:
