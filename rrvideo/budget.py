@@ -96,7 +96,10 @@ def plan(
         return chosen
     smaller = _largest(checkpoint, chosen, timestamps)
     if smaller is None:
-        raise BudgetError(f"no frame of this video fits the model's context of {checkpoint.context_length} positions")
+        raise BudgetError(
+            f"no frame of this video fits the model's context of {checkpoint.context_length} positions",
+            "load a model with a longer context",
+        )
     if fit:
         return smaller
     count = len(smaller.indices)

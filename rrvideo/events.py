@@ -88,11 +88,14 @@ def _done(content: bytes, path: Path, scan: Scan) -> int:
         rows = list(_rows(content, path.suffix, scan.columns))
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise RRVideoError(f"{path} is no file of a scan with these questions", hint) from error
-    if any(digest != scan.digest for digest, *_ in rows):
+    settings = scan.digest.partition("-")[0]
+    if any(digest.partition("-")[0] != settings for digest, *_ in rows):
         raise RRVideoError(f"{path} holds another scan: its questions, model or settings are not these", hint)
-    found = [(start, end) for _, video, start, end in rows if video == scan.video]
-    if found != list(scan.windows[: len(found)]):
-        raise RRVideoError(f"{path} holds other windows of {scan.video}: the video has changed since", hint)
+    found = [row for row in rows if row[1] == scan.video]
+    if any(digest != scan.digest for digest, *_ in found):
+        raise RRVideoError(f"{path} holds windows of {scan.video} as it was: the video has changed since", hint)
+    if [(start, end) for *_, start, end in found] != list(scan.windows[: len(found)]):
+        raise RRVideoError(f"{path} holds other windows of {scan.video} than a scan of it has", hint)
     return len(found)
 
 

@@ -117,8 +117,8 @@ class Window:
 class Scan(Iterator[Window]):
     """The windows of a video, each watched and asked when it is taken; `scan` makes it.
 
-    `windows` are their times, `columns` the names of their fields in a table, and `digest` stands for the questions,
-    the model and all settings that answers depend on.
+    `windows` are their times, `columns` the names of their fields in a table. `digest` stands for the questions, the
+    model and all settings that answers depend on, and after a hyphen for the video as it was when the scan began.
     """
 
     def __init__(
@@ -213,15 +213,20 @@ def scan(
 ) -> Scan:
     """Ask `questions` of a window of `window` seconds, every `every` seconds of the video at `path`.
 
-    `questions` have names, or are their own. `schema` says for each name what its answers are: "yes/no", "number",
-    labels to choose from, or "text", which it is without. Each question is asked as it is written; yes/no and choices
-    are not read from a text but weighed, by the probabilities that the model gives to each as the beginning of its
-    answer. `watch` is what `VideoQA.watch` takes. A window of which no frame can be seen has an error and no answers.
+    `questions` have names, or are their own; one may come by itself. `schema` says for each name what its answers
+    are: "yes/no", "number", labels to choose from, or "text", which it is without. Each question is asked as it is
+    written; yes/no and choices are not read from a text but weighed, by the probabilities that the model gives to each
+    as the beginning of its answer. `watch` is what `VideoQA.watch` takes. A window of which no frame can be seen has an
+    error and no answers.
     Raises `VideoError` if the file is no video or ends before `start`.
     """
+    from rrvideo.store import FileMark, describe
+
     for name, value in (("every", every), ("window", window)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a number of seconds above 0, got {value}")
+    if isinstance(questions, str):
+        questions = [questions]
     texts = questions if isinstance(questions, Mapping) else {text: text for text in questions}
     schema = schema or {}
     if unknown := schema.keys() - texts.keys():
@@ -232,16 +237,16 @@ def scan(
     check_columns(queries)
     watch_settings = inspect.signature(qa.watch).bind(path, **watch)
     watch_settings.apply_defaults()
-    text_config = qa.checkpoint.model.config.get_text_config()
     settings = {
-        "model": [qa.checkpoint.name, str(qa.checkpoint.dtype), getattr(text_config, "rrattention", None)],
+        "model": describe(qa.checkpoint),
         "questions": [[query.name, query.text, query.kind] for query in queries],
         "windows": [every, window, start, end, max_new_tokens],
         "watch": {name: value for name, value in watch_settings.arguments.items() if name not in NO_MATTER},
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     index = frameindex.scan(path)
     windows = _windows(index, every, window, start or 0.0, end)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    digest += f"-{FileMark.of(path).digest[:12]}"
     return Scan(qa, index, queries, windows, digest, max_new_tokens=max_new_tokens, **watch)
 
 

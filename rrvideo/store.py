@@ -30,7 +30,7 @@ from rrvideo.model import Checkpoint
 from rrvideo.tokens import Prefix
 from rrvideo.video import SamplePlan, VideoInfo
 
-__all__ = ["FileMark", "Saved", "checkpoint_digest", "read", "save"]
+__all__ = ["FileMark", "Saved", "checkpoint_digest", "describe", "read", "save"]
 
 FORMAT = 3
 MIB = 2**20
@@ -92,7 +92,7 @@ def save(path: str | os.PathLike[str], video: Saved) -> None:
     record = {
         "format": FORMAT,
         "rrvideo": version("rrvideo"),
-        "model": _describe(watched.checkpoint),
+        "model": describe(watched.checkpoint),
         "file": asdict(video.file),
         "plan": _taken_apart(video.plan, "plan", tensors),
         "prefix": _taken_apart(watched.prefix, "prefix", tensors),
@@ -178,8 +178,8 @@ def checkpoint_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a saved video is bound to, and the name of its model."""
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What answers of a model depend on, beside what it has seen: its name, weights, their type, and attention."""
     return {
         "name": checkpoint.name,
         "family": checkpoint.family.model_type,
@@ -190,10 +190,11 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _check_model(made_with: Mapping[str, Any], checkpoint: Checkpoint, name: str) -> None:
-    found = _describe(checkpoint)
+    found = describe(checkpoint)
     if found["digest"] != made_with["digest"]:
         raise ModelError(
-            f"{name} was watched by {made_with['name']} ({made_with['family']}), which {checkpoint.name} is not",
+            f"{name} was watched by {made_with['name']} ({made_with['family']}), and the files of {checkpoint.name} "
+            "hold another model",
             "load the model that watched it, or watch the video again",
         )
     if found["dtype"] != made_with["dtype"]:

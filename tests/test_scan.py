@@ -197,6 +197,10 @@ def test_what_makes_no_scan_is_refused_before_anything_is_watched(qa, clip, watc
     assert watched == []
 
 
+def test_one_question_may_come_by_itself(qa, clip):
+    assert begin(qa, clip, "What moves?", schema=None).queries == begin(qa, clip, ["What moves?"], schema=None).queries
+
+
 def test_questions_without_names_are_their_own_and_answered_with_text(qa, clip):
     window = next(begin(qa, clip, ["Describe.", "Why?"], schema=None))
 

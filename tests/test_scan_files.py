@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkpoints import make_checkpoint
 from clips import numbered_frames, write_video
+from safetensors.torch import load_file, save_file
 from scanning import QUESTIONS, RED, SCHEMA, begin, note_watched, video_class
 
 from rrvideo import VideoQA, cli, video
@@ -169,6 +171,31 @@ def test_windows_of_a_video_that_has_changed_since_are_refused(qa, clip, tmp_pat
 
     with pytest.raises(RRVideoError, match="the video has changed since"):
         begin(qa, copy, every=4.0, window=4.0).write(path)
+
+
+def test_a_video_of_the_same_length_in_its_place_is_refused_too(qa, clip, tmp_path):
+    copy, other, path = tmp_path / "copy.mp4", tmp_path / "other.mp4", tmp_path / "events.jsonl"
+    copy.write_bytes(clip.read_bytes())
+    other.write_bytes(clip.read_bytes())
+    begin(qa, other).write(path)
+    begin(qa, copy).write(path)
+    before = path.read_bytes()
+    assert b"Lavf" in clip.read_bytes()
+    copy.write_bytes(clip.read_bytes().replace(b"Lavf", b"Lavg"))  # its windows are as they were
+
+    with pytest.raises(RRVideoError, match=r"copy\.mp4 as it was: the video has changed since"):
+        begin(qa, copy).write(path)
+    assert begin(qa, other).write(path) == 0
+    assert path.read_bytes() == before
+
+
+def test_other_weights_under_the_same_name_are_another_scan(clip, tmp_path):
+    folder = make_checkpoint(tmp_path / "model")
+    digest = begin(VideoQA.load(folder, device="cpu"), clip).digest
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+    assert begin(VideoQA.load(folder, device="cpu"), clip).digest != digest
 
 
 def test_a_file_that_cannot_be_written_is_told(qa, clip, tmp_path):

@@ -190,7 +190,7 @@ def test_another_model_is_refused(folder, saved, tmp_path, change):
     VideoQA.load(other, device="cpu", config=SPARSE).open(saved).close()
     change(other)
 
-    with pytest.raises(ModelError, match=r"clip\.rrvideo was watched by .*qwen2_vl.*, which .*other is not"):
+    with pytest.raises(ModelError, match=r"clip\.rrvideo was watched by .*qwen2_vl.*, and .*other hold another model"):
         VideoQA.load(other, device="cpu", config=SPARSE).open(saved)
 
 
