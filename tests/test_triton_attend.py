@@ -299,6 +299,31 @@ def test_the_whole_backend_selects_and_returns_what_the_reference_does(
         assert like_reference.float().mean() > 0.9
 
 
+@pytest.mark.parametrize(
+    ("rule", "block_size"),
+    [(RRConfig, 128), (RRConfig.fine, 64), (RRConfig.paper, 64)],
+    ids=["default", "fine", "paper"],
+)
+def test_chunks_select_the_blocks_of_one_call_and_return_what_it_does(rule, block_size, kernel_target):
+    q, k, v = make_qkv(697, 697, kernel_target)
+    config = replace(rule(tau=0.4), block_size=block_size, min_tokens=0)
+    kept = select(estimate(q, k, config=config, backend="triton"), 697, 697, config=config, backend="triton").mask()
+    whole = rr_attention(q, k, v, config=config, backend="triton")
+    assert kept.sum() < 0.95 * kept.shape[1] * kept.shape[2] * (kept.shape[3] + 1) / 2
+
+    for start, stop in ((0, 128), (128, 512), (512, 697)):
+        part = config.for_chunk(total_tokens=697, last=stop == 697, device=q.device)
+        chunk, keys, values = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
+        scores = estimate(chunk, keys, config=part, backend="triton")
+        mask = select(scores, stop - start, stop, config=part, backend="triton").mask()
+        rows = slice(start // block_size, start // block_size + mask.shape[2])
+        assert torch.equal(mask, kept[:, :, rows, : mask.shape[3]])
+        assert not kept[:, :, rows, mask.shape[3] :].any()
+        tolerance = 1e-5 if q.dtype == torch.float32 else 1e-2
+        out = rr_attention(chunk, keys, values, config=part, backend="triton")
+        torch.testing.assert_close(out, whole[:, :, start:stop], rtol=tolerance, atol=tolerance)
+
+
 def test_tau_one_equals_dense_attention(kernel_target):
     q, k, v = make_qkv(200, 200, kernel_target, dim=32)
     out = rr_attention(q, k, v, config=RRConfig(tau=1.0, min_tokens=0), backend="triton")
