@@ -408,3 +408,20 @@ def test_autotune_writes_one_line_of_the_launch_table(tmp_path):
     assert changed == [(90, key)] and astuple(after[90][key]) == (16, 32, 4, 2)
     with pytest.raises(ValueError, match="no line for"):
         autotune.write(copy, 90, ("attend", 72, 16), launch.Launch(16, 32, 4, 2))
+
+
+def test_losses_are_compared_at_the_densities_of_the_runs_that_they_come_from():
+    points = [
+        ("RRAttention paper", 0.5, 0.6, 0.04, 1e-2),
+        ("RRAttention paper", 0.3, 0.2, 0.09, 1e-1),
+        ("other", 0.4, 0.5, 0.05, 1e-1),
+        ("other", 0.45, 0.7, 0.01, 1e-3),
+    ]
+    keys = ("method", "density", "loss density", "increase", "divergence")
+    rows = [dict(zip(keys, point, strict=True)) | {"error": 0.2} for point in points]
+    paper, other, *rest = room("quality").at_equal_density(rows)
+
+    assert (paper["method"], paper["error"], paper["increase"]) == ("RRAttention paper", 0.2, 0.04)
+    assert other["error"] is None, "no two points of its stand around a density of .5"
+    assert other["increase"] == pytest.approx(0.03) and other["divergence"] == pytest.approx(1e-2)
+    assert [row["method"] for row in rest] == ["RRAttention paper"]

@@ -201,17 +201,17 @@ def at_equal_density(rows: Sequence[dict[str, Any]], reference: str = "RRAttenti
     for point in sorted((row for row in rows if row["method"] == reference), key=lambda row: -row["density"]):
         for name in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == name]
-            error = _interpolate([(row["density"], row["error"]) for row in mine], point["density"])
-            if error is None:
-                continue
-            found.append({"density": point["density"], "method": name, "error": error})
+            here: dict[str, Any] = {"density": point["density"], "method": name}
+            here["error"] = _interpolate([(row["density"], row["error"]) for row in mine], point["density"])
             if density := point.get("loss density"):
-                increase = _interpolate([(row["loss density"], row["increase"]) for row in mine], density)
+                here["loss density"] = density
+                here["increase"] = _interpolate([(row["loss density"], row["increase"]) for row in mine], density)
                 # A divergence falls as steeply as the density grows: it is on the line of its logarithms.
                 logs = [(row["loss density"], math.log(max(row["divergence"], TINY))) for row in mine]
                 log = _interpolate(logs, density)
-                divergence = None if log is None else math.exp(log)
-                found[-1] |= {"loss density": density, "increase": increase, "divergence": divergence}
+                here["divergence"] = None if log is None else math.exp(log)
+            if here["error"] is not None or here.get("increase") is not None:
+                found.append(here)
     return found
 
 
