@@ -1,6 +1,8 @@
 """What tests need before they are imported, models and clips for many of them, and where the Triton kernels run."""
 
+import json
 import os
+import sys
 
 # Threads that wait must not spin: on a busy machine that makes short operations tens of times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -85,3 +87,17 @@ def poisoned_memory(monkeypatch):
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a script with arguments; returns its exit code, what it printed, and the last line of that as JSON."""
+    from benching import room
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        code = room(script).main()
+        printed = capsys.readouterr().out
+        return code, printed, json.loads(printed.splitlines()[-1])
+
+    return run

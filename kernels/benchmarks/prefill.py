@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ import torch
 from harness import Times, Work, check, default_device, finish, machine, measure, print_gate, relative_error, table
 from inputs import Inputs, generate
 from models import add_model_arguments, capture, load_task
+from rivals import dense_ways, flex_over_blocks
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from rrattention import BACKENDS, BlockSelection, RRConfig, attend, dense_attention, estimate, rr_attention, select
 from rrattention.config import RULES
@@ -125,11 +123,11 @@ def time_length(
     """Time all ways at one length. Returns table rows and the checks of the outputs at that length."""
     q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
     length, device, backend = q.shape[2], q.device, arguments.backend
-    dense_ways = dict(_dense_ways(inputs, arguments.against))
-    works: dict[Any, Work] = {("dense", name): work for name, work in dense_ways.items()}
-    baseline = next(iter(dense_ways.values()))()
+    dense = dict(dense_ways(inputs, arguments.against))
+    works: dict[Any, Work] = {("dense", name): work for name, work in dense.items()}
+    baseline = next(iter(dense.values()))()
     dense_rows: list[dict[str, Any]] = [
-        {"way": name, "error": relative_error(work(), baseline)} for name, work in dense_ways.items()
+        {"way": name, "error": relative_error(work(), baseline)} for name, work in dense.items()
     ]
 
     configs = {(rule, tau): ruled(rule, tau) for tau in arguments.tau for rule in arguments.rule}
@@ -148,14 +146,14 @@ def time_length(
         checks.append(check(f"rows at {length}, {rule} tau {tau:g}", wrong, 2 * limit))  # a few scatter more than all
         rows.append(_described(rule, tau, selection) | {"error": relative_error(out, baseline)})
         works |= {(config, name): work for name, work in _stages(inputs, config, scored, selection, backend).items()}
-        if "flex" in arguments.against and (flex := _flex(inputs, selection)):
+        if "flex" in arguments.against and (flex := flex_over_blocks(inputs, selection)):
             works[config, "flex"] = flex
     del baseline, out
 
     times = measure(works, device, arguments.seconds)
     pairs = length * (length + 1) // 2 * q.shape[1]
     flops = 4e-9 * q.shape[3]  # of a pair, so that milliseconds give TFLOP/s
-    fastest = min(times["dense", name].median for name in dense_ways)
+    fastest = min(times["dense", name].median for name in dense)
     best_rate = flops * pairs / fastest
     for row in dense_rows:
         taken = times["dense", row["way"]]
@@ -231,96 +229,6 @@ def ceilings(device: torch.device) -> dict[str, float]:
         "copy GB/s": 2e-6 * source.nbytes / times["copy"].median,
         f"{kind} matmul TFLOP/s": 2e-9 * size**3 / times["matmul"].median,
     }
-
-
-def _dense_ways(inputs: Inputs, against: list[str]) -> Iterator[tuple[str, Work]]:
-    """Each way to compute dense attention that works here; what does not work is said."""
-    q, k, v, scale = inputs.q, inputs.k, inputs.v, inputs.scale
-    group = q.shape[1] // k.shape[1]
-
-    def sdpa(backend: SDPBackend, k: Tensor, v: Tensor, grouped: bool) -> Work:
-        def work() -> Tensor:
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-
-        return work
-
-    if q.device.type == "cuda":
-        kinds = {
-            "flash": SDPBackend.FLASH_ATTENTION,
-            "cuDNN": SDPBackend.CUDNN_ATTENTION,
-            "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        }
-        for name, backend in kinds.items():
-            if works_here(f"SDPA {name}", work := sdpa(backend, k, v, group > 1)):
-                yield f"SDPA {name}", work
-            elif group > 1:
-                many_k, many_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-                if works_here(f"SDPA {name} repeated", work := sdpa(backend, many_k, many_v, False)):
-                    yield f"SDPA {name} repeated", work  # K and V once for each query head, made before the clock runs
-    else:
-        yield "SDPA", lambda: dense_attention(q, k, v, scale=scale)
-    if "flash_attn" in against:
-        try:
-            from flash_attn import flash_attn_func
-        except ImportError:
-            print("flash_attn is not installed")
-            return
-        turned = [x.transpose(1, 2) for x in (q, k, v)]
-
-        def flash() -> Tensor:
-            return flash_attn_func(*turned, softmax_scale=scale, causal=True).transpose(1, 2)
-
-        if works_here("flash_attn", flash):
-            yield "flash_attn", flash
-
-
-def works_here(name: str, work: Work) -> bool:
-    """Try it, and print why it does not work if so."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SDPA tells of each backend why it was not taken
-            work()
-    except (RuntimeError, ImportError, TypeError, ValueError) as error:
-        print(f"{name} does not work here: {str(error).splitlines()[0][:120]}")
-        return False
-    return True
-
-
-def _flex(inputs: Inputs, selection: BlockSelection) -> Work | None:
-    """Compiled flex_attention over the same blocks, or None (and a word) where it does not work."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    grid, size = selection.grid, selection.grid.block_size
-    diagonal = torch.zeros_like(selection.indices)
-    diagonal[..., 0] = torch.arange(grid.query_blocks, device=grid.device)
-    blocks = BlockMask.from_kv_blocks(
-        torch.ones_like(selection.counts),  # the diagonal block, which is last in each list, is masked by token
-        diagonal,
-        selection.counts - 1,
-        selection.indices.clamp(0, grid.key_blocks - 1),
-        BLOCK_SIZE=(size, size),
-        mask_mod=_causal,
-        seq_lengths=(grid.query_length, grid.key_length),
-    )
-    grouped = inputs.q.shape[1] > inputs.k.shape[1]
-
-    def work() -> Tensor:
-        return _compiled_flex()(inputs.q, inputs.k, inputs.v, block_mask=blocks, scale=inputs.scale, enable_gqa=grouped)
-
-    return work if works_here("flex_attention", work) else None
-
-
-def _causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    return row >= column
-
-
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    """One for all calls: it is compiled for the first length, and then once more for any."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
 
 
 def _stages(
