@@ -238,7 +238,7 @@ def scan(
     watch_settings = inspect.signature(qa.watch).bind(path, **watch)
     watch_settings.apply_defaults()
     settings = {
-        "model": describe(qa.checkpoint),
+        "model": {name: value for name, value in describe(qa.checkpoint).items() if name != "name"},
         "questions": [[query.name, query.text, query.kind] for query in queries],
         "windows": [every, window, start, end, max_new_tokens],
         "watch": {name: value for name, value in watch_settings.arguments.items() if name not in NO_MATTER},

@@ -3,6 +3,7 @@
 import csv
 import json
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,9 +190,11 @@ def test_a_video_of_the_same_length_in_its_place_is_refused_too(qa, clip, tmp_pa
     assert path.read_bytes() == before
 
 
-def test_other_weights_under_the_same_name_are_another_scan(clip, tmp_path):
+def test_other_weights_under_the_same_name_are_another_scan_and_a_model_that_was_moved_is_not(clip, tmp_path):
     folder = make_checkpoint(tmp_path / "model")
     digest = begin(VideoQA.load(folder, device="cpu"), clip).digest
+    assert begin(VideoQA.load(shutil.copytree(folder, tmp_path / "moved"), device="cpu"), clip).digest == digest
+
     weights = load_file(folder / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
 

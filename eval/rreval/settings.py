@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "subtitles": False,
     "max_new_tokens": 128,
 }
-RULES = ("default", "paper", "fine")  # by which blocks are kept: the names in rrattention.config
+RULES = ("default", "paper", "fine")  # by which blocks are kept: those of rrattention, which would import torch
 PIXELS = ("min_pixels", "max_pixels", "total_pixels")
 # Settings that only name things: two runs that differ in nothing else are one.
 LABELS = ("preset", "model", "dataset", "versions")
