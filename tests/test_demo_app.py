@@ -14,7 +14,7 @@ import pytest
 
 from rrdemo.app import serve
 from rrdemo.guard import Limits
-from rrdemo.handlers import read_settings
+from rrdemo.handlers import Handlers, read_settings
 from rrdemo.layout import theme
 from rrdemo.visitors import PATIENCE, Visitors
 from rrvideo import cli
@@ -48,6 +48,20 @@ def test_settings_that_make_no_sense_are_told(changed, told):
     given = {"start": "", "end": "", "fps": 1, "max_frames": 768, "sampling": "uniform", "attention": "rr", "tau": 0.9}
     with pytest.raises(RRVideoError, match=told):
         read_settings(**given | changed)
+
+
+def test_a_plan_for_older_settings_that_comes_last_is_made_good():
+    names = ("plan", "timeline", "watch", "ask", "stop", "notice")
+    session = SimpleNamespace(file=None, busy=False, turns=[], planned=None, notes=list)
+    handlers = Handlers(SimpleNamespace(**{name: name for name in names}), SimpleNamespace(session=lambda key: session))
+    request = SimpleNamespace(session_hash="tab")
+
+    newer, older = (("", end, 1, 768, "uniform", "rr", 0.95) for end in ("", "50"))
+    handlers.plan(request, *newer)
+    assert "plan" not in handlers.notes(request, *newer), "nothing has changed"
+    handlers.plan(request, *older)
+    assert "plan" in handlers.notes(request, *newer)
+    assert "plan" not in handlers.notes(request, *newer)
 
 
 class Counted:

@@ -195,10 +195,14 @@ class Handlers:
         return self.session(request).export_json()
 
     def notes(self, request: gr.Request, *settings: Any) -> Any:
-        """What has happened to the video meanwhile, and what that changes in the plan."""
+        """What has happened to the video meanwhile, and a plan where that changes it, or where the last one is stale.
+
+        Stale is a plan for older settings that was the last to be made: an answer asks for one as it ends, say.
+        """
         session = self.session(request)
-        notes = session.notes()
-        return {self.page.notice: views.notice(notes), **self._planned(session, settings)} if notes else gr.skip()
+        if notes := session.notes():
+            return {self.page.notice: views.notice(notes), **self._planned(session, settings)}
+        return gr.skip() if session.planned == settings else self._planned(session, settings)
 
     def leave(self, request: gr.Request) -> None:
         """The tab is closed."""
@@ -267,6 +271,7 @@ class Handlers:
     def _planned(self, session: Session, settings: tuple[Any, ...]) -> Update:
         """The plan for these settings, or why there is none, the timeline beside it, and the buttons at rest."""
         page, view, plan = self.page, None, ""
+        session.planned = settings
         if session.file:
             try:
                 view = session.plan(read_settings(*settings))
