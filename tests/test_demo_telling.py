@@ -1,14 +1,19 @@
 """What a session tells while it works, and what each answer says of itself afterwards."""
 
+import math
+import re
 import time
 from contextlib import closing
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
-from rrdemo import guard
+from rrdemo import guard, handlers
 from rrdemo import session as session_module
 from rrdemo.conversation import Answering, Done, Pause, Phase, Piece, Queued, Settings
 from rrdemo.guard import Limits
+from rrdemo.layout import Page
 from rrdemo.session import Session
 from rrdemo.studio import Studio
 from rrvideo import RRConfig, VideoQA, engine
@@ -52,6 +57,18 @@ def test_where_nothing_happens_for_a_moment_that_is_told_once(session, monkeypat
     assert len(pauses) >= told.count(Piece) > 1  # a word takes five times as long
     assert all(told[number - 1] is not Pause for number in pauses)
     assert told[-1] is Done
+
+
+def test_the_page_shows_the_end_of_each_phase_however_seldom_it_looks(session, monkeypatch):
+    monkeypatch.setattr(handlers, "GLANCE", math.inf)
+    page = SimpleNamespace(**{field.name: field.name for field in fields(Page)})
+    chat = handlers.Handlers(page, SimpleNamespace(session=lambda key: session))
+    updates = chat.watch(SimpleNamespace(session_hash="tab"), "", "", 4.0, 768, "uniform", "rr", 0.3)
+    shown = " ".join(update.get("progress", "") for update in updates)
+    counts = re.findall(r"([\d,]+) of ([\d,]+) (frames|tokens)", shown)
+
+    assert {done == total for done, total, _ in counts[-3:]} == {True}
+    assert [unit for _, _, unit in counts[-3:]] == ["frames", "frames", "tokens"]
 
 
 def test_it_is_told_when_the_model_begins_to_answer_with_or_without_a_watch_before(session):

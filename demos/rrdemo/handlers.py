@@ -238,7 +238,8 @@ class Handlers:
                 for event in events:
                     board.take(event)
                     fresh = fresh or not isinstance(event, Pause)
-                    often = isinstance(event, (Phase, Piece)) and time.monotonic() - shown < GLANCE
+                    last = isinstance(event, Phase) and event.finished  # of its phase, whose bar must not stop short
+                    often = isinstance(event, (Phase, Piece)) and not last and time.monotonic() - shown < GLANCE
                     if not fresh or often:
                         continue
                     update = {page.progress: board.progress(), **({} if shown else first)}
