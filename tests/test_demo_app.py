@@ -50,18 +50,19 @@ def test_settings_that_make_no_sense_are_told(changed, told):
         read_settings(**given | changed)
 
 
-def test_a_plan_for_older_settings_that_comes_last_is_made_good():
-    names = ("plan", "timeline", "watch", "ask", "stop", "notice")
-    session = SimpleNamespace(file=None, busy=False, turns=[], planned=None, notes=list)
+def test_a_plan_for_older_settings_that_reaches_the_page_last_is_made_good():
+    names = ("plan", "timeline", "watch", "ask", "stop", "notice", "planned")
+    session = SimpleNamespace(file=None, busy=False, turns=[], notes=list)
     handlers = Handlers(SimpleNamespace(**{name: name for name in names}), SimpleNamespace(session=lambda key: session))
     request = SimpleNamespace(session_hash="tab")
 
     newer, older = (("", end, 1, 768, "uniform", "rr", 0.95) for end in ("", "50"))
-    handlers.plan(request, *newer)
-    assert "plan" not in handlers.notes(request, *newer), "nothing has changed"
-    handlers.plan(request, *older)
-    assert "plan" in handlers.notes(request, *newer)
-    assert "plan" not in handlers.notes(request, *newer)
+    late, shown = handlers.plan(request, *older), handlers.plan(request, *newer)
+    assert "plan" not in handlers.notes(request, shown["planned"], *newer), "nothing has changed"
+    mended = handlers.notes(request, late["planned"], *newer)
+    assert mended["planned"] == shown["planned"]
+    session.busy = True
+    assert "plan" in handlers.notes(request, shown["planned"], *newer), "its buttons are for a session at rest"
 
 
 class Counted:

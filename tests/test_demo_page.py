@@ -1,6 +1,7 @@
 """What a person notices of the chat's page: drafts, notices, the timeline, what is copied, colours and sizes."""
 
 import re
+import time
 
 import httpx
 import pytest
@@ -8,6 +9,7 @@ from chatting import SLIDER, UPLOAD, ask, clear, observe, open_sample, opened, s
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
+from rrdemo.session import Session
 from rrvideo.tiny.sample import sample_world
 
 pytest.importorskip("playwright")
@@ -180,6 +182,32 @@ def test_a_short_clip_is_zoomed_to(page):
     assert track.get_attribute("aria-valuemax") == "60"
     for label in ("Clip from", "Clip to"):
         page.get_by_label(label).fill("")
+    page.wait_for_selector("#plan :text('60 frames')")
+
+
+def test_a_late_plan_for_older_settings_does_not_stay(page, monkeypatch):
+    planned, asked = Session.plan, []
+
+    def plan(self, settings):
+        asked.append(settings)
+        view = planned(self, settings)
+        time.sleep(0.0 if settings.end else 1.5)
+        return view
+
+    ask(page, "What appears first?")
+    at_rest(page)
+    page.wait_for_timeout(1500)
+    monkeypatch.setattr(Session, "plan", plan)
+    page.wait_for_timeout(2500)
+    assert asked == []  # at rest, when the plan is the right one
+    page.get_by_role("button", name="Clear").click()  # after which the plan is made again
+    page.wait_for_timeout(500)
+    page.get_by_label("Clip to").fill("0:40")
+    page.wait_for_selector("#plan :text('40 frames')")
+    page.wait_for_selector("#plan :text('60 frames')")
+    page.wait_for_selector("#plan :text('40 frames')")
+    monkeypatch.undo()
+    page.get_by_label("Clip to").fill("")
     page.wait_for_selector("#plan :text('60 frames')")
 
 

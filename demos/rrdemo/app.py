@@ -52,7 +52,8 @@ def build(studio: Studio, visitors: Visitors) -> gr.Blocks:
         _wire_video(page, handlers, [handlers.open_sample(sample) for sample in examples])
         _wire_conversation(page, handlers)
         _wire_exports(page, handlers)
-        gr.Timer(NOTES_EVERY).tick(handlers.notes, page.settings, [page.notice, *page.plan_and_buttons], **QUICK)
+        outputs = [page.notice, *page.plan_and_buttons]
+        gr.Timer(NOTES_EVERY).tick(handlers.notes, [page.planned, *page.settings], outputs, **QUICK)
         app.unload(handlers.leave)
     app.queue(max_size=studio.limits.waiting + THREADS, default_concurrency_limit=None)
     return app

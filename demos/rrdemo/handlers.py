@@ -5,6 +5,7 @@ They hold no state of their own: that is in the session, which belongs to the ta
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -194,15 +195,16 @@ class Handlers:
         """The conversation with all its figures, for page.js to save."""
         return self.session(request).export_json()
 
-    def notes(self, request: gr.Request, *settings: Any) -> Any:
-        """What has happened to the video meanwhile, and a plan where that changes it, or where the last one is stale.
+    def notes(self, request: gr.Request, planned: str, *settings: Any) -> Any:
+        """What has happened to the video meanwhile, and a plan where that changes it, or where the page shows another.
 
-        Stale is a plan for older settings that was the last to be made: an answer asks for one as it ends, say.
+        Plans are asked for side by side, and the one that reaches the page last may be for older settings: `planned`
+        tells what the one that stands there was made for.
         """
         session = self.session(request)
         if notes := session.notes():
             return {self.page.notice: views.notice(notes), **self._planned(session, settings)}
-        return gr.skip() if session.planned == settings else self._planned(session, settings)
+        return gr.skip() if planned == _stamp(session, settings) else self._planned(session, settings)
 
     def leave(self, request: gr.Request) -> None:
         """The tab is closed."""
@@ -271,8 +273,7 @@ class Handlers:
 
     def _planned(self, session: Session, settings: tuple[Any, ...]) -> Update:
         """The plan for these settings, or why there is none, the timeline beside it, and the buttons at rest."""
-        page, view, plan = self.page, None, ""
-        session.planned = settings
+        page, view, plan, stamp = self.page, None, "", _stamp(session, settings)
         if session.file:
             try:
                 view = session.plan(read_settings(*settings))
@@ -288,6 +289,7 @@ class Handlers:
             page.watch: gr.update(interactive=ready and not watched, value="Watched" if watched else "Watch"),
             page.ask: _enabled(ready),
             page.stop: _enabled(session.busy),
+            page.planned: stamp,
         }
 
     def _moments(self, session: Session) -> str:
@@ -313,6 +315,11 @@ def read_settings(
 def _last_seen(session: Session) -> Turn | None:
     """The last turn of which it is known where the model looked."""
     return next((turn for turn in reversed(session.turns) if turn.attention), None)
+
+
+def _stamp(session: Session, settings: tuple[Any, ...]) -> str:
+    """What a plan and its buttons are made for."""
+    return json.dumps([session.busy, *settings])
 
 
 def _enabled(yes: bool) -> Any:

@@ -58,6 +58,7 @@ class Page:
     json: gr.Button
     exported: gr.Textbox
     returned: gr.Textbox
+    planned: gr.Textbox
 
     @property
     def settings(self) -> list[Any]:
@@ -67,7 +68,7 @@ class Page:
     @property
     def plan_and_buttons(self) -> list[Any]:
         """What follows from the settings and from what the session is doing."""
-        return [self.plan, self.timeline, self.watch, self.ask, self.stop]
+        return [self.plan, self.timeline, self.watch, self.ask, self.stop, self.planned]
 
 
 def theme() -> gr.themes.Base:
@@ -267,6 +268,7 @@ def _chat_column() -> dict[str, Any]:
         )
     exported = gr.Textbox(visible="hidden", label="Exported")
     returned = gr.Textbox(visible="hidden", label="Returned")
+    planned = gr.Textbox(visible="hidden", label="Planned for")
     return {
         "chat": chat,
         "progress": progress,
@@ -279,6 +281,7 @@ def _chat_column() -> dict[str, Any]:
         "command": command,
         "exported": exported,
         "returned": returned,
+        "planned": planned,
     }
 
 

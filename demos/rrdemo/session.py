@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rrdemo import export, guard, plans
 from rrdemo.conversation import (
@@ -82,7 +82,6 @@ class Session:
         self.id = secrets.token_urlsafe()
         self.turns: list[Turn] = []
         self.settings: Settings | None = None  # the last that something was watched or asked with
-        self.planned: tuple[Any, ...] | None = None  # the settings of the last plan, as they stood on the page
         self._file: _File | None = None
         self._prefills: dict[Settings, tuple[float, float]] = {}  # seconds and density, by what was watched
         self._notes: deque[str] = deque()  # what other threads have to say
