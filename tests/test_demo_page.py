@@ -1,7 +1,7 @@
 """What a person notices of the chat's page: drafts, notices, the timeline, what is copied, colours and sizes."""
 
 import re
-import time
+import threading
 
 import httpx
 import pytest
@@ -165,6 +165,25 @@ def test_the_timeline_keeps_its_place_and_its_words_when_an_answer_or_a_plan_com
     seeks_to(page, 36)
 
 
+def test_the_timeline_keeps_the_keyboard_when_it_is_drawn_anew(page):
+    page.locator(SLIDER).focus()
+    page.evaluate("document.querySelector('#timeline [role=slider]').dataset.old = 1")
+    page.evaluate(
+        """() => {
+            const track = document.querySelector("#timeline [role=slider]");
+            const parent = track.parentElement;
+            parent.innerHTML = parent.innerHTML.replace('data-shown=""', "").replace('data-old="1"', "");
+        }"""
+    )
+    page.wait_for_function(f"document.activeElement === document.querySelector('{SLIDER}:not([data-old])')")
+    page.get_by_label("Clip to").focus()
+    page.get_by_label("Clip to").fill("0:50")
+    page.wait_for_selector("#plan :text('50 frames')")
+    assert page.get_by_label("Clip to").evaluate("(field) => field === document.activeElement")
+    page.get_by_label("Clip to").fill("")
+    page.wait_for_selector("#plan :text('60 frames')")
+
+
 def test_a_short_clip_is_zoomed_to(page):
     clear(page)
     page.get_by_label("Clip from").fill("0:20")
@@ -186,27 +205,34 @@ def test_a_short_clip_is_zoomed_to(page):
 
 
 def test_a_late_plan_for_older_settings_does_not_stay(page, monkeypatch):
-    planned, asked = Session.plan, []
+    planned, asked, go_on = Session.plan, [], threading.Event()
 
     def plan(self, settings):
         asked.append(settings)
         view = planned(self, settings)
-        time.sleep(0.0 if settings.end else 1.5)
+        if settings.end is None:
+            go_on.wait(20)
         return view
+
+    def rests():  # when the plan is the right one
+        asked.clear()
+        page.wait_for_timeout(2500)
+        return not asked
 
     ask(page, "What appears first?")
     at_rest(page)
-    page.wait_for_timeout(1500)
+    monkeypatch.setattr(Session, "plan", lambda self, settings: asked.append(settings) or planned(self, settings))
+    assert any(rests() for _ in range(8))
     monkeypatch.setattr(Session, "plan", plan)
-    page.wait_for_timeout(2500)
-    assert asked == []  # at rest, when the plan is the right one
     page.get_by_role("button", name="Clear").click()  # after which the plan is made again
-    page.wait_for_timeout(500)
+    while not asked:
+        page.wait_for_timeout(50)
     page.get_by_label("Clip to").fill("0:40")
     page.wait_for_selector("#plan :text('40 frames')")
-    page.wait_for_selector("#plan :text('60 frames')")
-    page.wait_for_selector("#plan :text('40 frames')")
-    monkeypatch.undo()
+    observe(page, "#plan")
+    go_on.set()
+    page.wait_for_function("window.seen.some((text) => text.includes('60 frames'))")
+    page.wait_for_function("window.seen.at(-1).includes('40 frames')")
     page.get_by_label("Clip to").fill("")
     page.wait_for_selector("#plan :text('60 frames')")
 

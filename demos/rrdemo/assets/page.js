@@ -45,11 +45,17 @@
   };
 
   // Gradio resets the timeline to the server's markup, which has no data-shown, with each plan and answer.
+  // What had the keyboard in it would then have lost it.
   let zoomed = false;
+  let held = false; // the timeline is what was last focused
+  for (const name of ["focusin", "pointerdown"]) {
+    document.addEventListener(name, (event) => { held = Boolean(event.target.closest?.(SLIDER)); });
+  }
   const zoom = () => {
     const track = document.querySelector(SLIDER);
     const button = document.querySelector("#timeline .zoom");
     if (!track) return;
+    if (held && document.activeElement === document.body) track.focus({ preventScroll: true });
     track.setAttribute("data-shown", "");
     const near = zoomed && button;
     const [low, high] = near
