@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,6 +213,22 @@ def test_wrong_arguments_are_named_with_their_value(change, words):
 def test_a_wrong_config_names_the_field_and_the_value(field, value):
     with pytest.raises(ValueError, match=rf"^{field} must .*got .*{value}"):
         RRConfig(**{field: value})
+
+
+@pytest.mark.parametrize("weights", [3, [1, 2], [], [[1], [1, 2]], [[1, 0]], [[1, float("nan")]], [[1, -2]]])
+def test_weights_of_heads_must_be_positive_numbers_for_each_layer(weights):
+    with pytest.raises(ValueError, match=r"^head_weights must be .*got "):
+        RRConfig(head_weights=weights)
+
+
+@pytest.mark.parametrize(("layer", "heads"), [(2, 6), (-1, 6), (0, 3)])
+def test_weights_of_another_model_are_told(layer, heads):
+    q, k, v = make_qkv(70, 70)
+    config = replace(SMALL, head_weights=[[1.0] * heads] * 2)
+    with pytest.raises(
+        ValueError, match=rf"^head_weights must be .*2 layers of {heads} heads, .*layer {layer}, 6 heads"
+    ):
+        rr_attention(q, k, v, config=config, layer=layer)
 
 
 def test_the_papers_rule_is_per_row_of_all_mass_and_drops_the_rest():

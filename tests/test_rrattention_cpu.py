@@ -142,6 +142,8 @@ def test_the_same_scores_select_the_same_blocks(case, causal, scope, counted, ta
         config = case.config(tau=tau, scope=scope, counted=counted, sink=sink, dense_last_block=last)
         grid = case.grid(config, causal)
         same_blocks(cpu.select(scores, grid, config), reference.select(scores, grid, config))
+        weights = torch.tensor([2.0, 0.5, 1.0, 0.25], dtype=scores.dtype).repeat(scores.shape[1])[: scores.shape[1]]
+        same_blocks(cpu.select(scores, grid, config, weights), reference.select(scores, grid, config, weights))
 
 
 @both_scopes

@@ -107,6 +107,29 @@ def test_sharing_tau_over_heads_keeps_its_mass_with_no_more_blocks_than_a_tau_fo
     assert ((share * by_heads.mask()).sum(-1) < tau).any(), "no head fell below tau: then nothing was shared"
 
 
+@pytest.mark.parametrize("counted", ["all", "choice"])
+@pytest.mark.parametrize("scope", ["row", "heads"])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0), (0.05, 0.1)])
+def test_heads_leave_out_as_much_as_tau_says_by_their_weights(scope, counted, weights):
+    config = RRConfig(16, 4, 0.6, scope=scope, counted=counted, dense_last_block=False, head_weights=[(9, 9), weights])
+    q, k, _ = make_qkv(160, 160, heads=2, kv_heads=1, batch=1)
+    scores = estimate(q, k, config=config)[0]
+    kept = select(scores[None], 160, 160, config=config, layer=1).mask()[0]
+    for m in range(10):
+        mass = (scores[:, m] / scores[:, m].sum(-1, keepdim=True)).tolist()
+        for heads in [[0], [1]] if scope == "row" else [[0, 1]]:
+            optional = [(head, n) for head in heads for n in range(1, m)]
+            forced = [(head, n) for head in heads for n in {0, m}]
+            counts = optional + (forced if counted == "all" else [])
+            allowed = 0.4 * sum(mass[head][n] for head, n in counts)
+            lightest = sorted(optional, key=lambda block: weights[block[0]] * mass[block[0]][block[1]])
+            left_out = 0.0
+            for head, n in lightest:
+                left_out += weights[head] * mass[head][n]
+                assert kept[head, m, n] == (left_out > allowed * (1 + 1e-12))
+            assert all(kept[head, m, n] for head, n in forced)
+
+
 @pytest.mark.parametrize("scope", ["row", "heads"])
 def test_tau_one_keeps_every_visible_block_even_those_without_mass(scope):
     config = RRConfig(16, 4, tau=1.0, scope=scope)

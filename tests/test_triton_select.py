@@ -91,6 +91,16 @@ def test_lists_equal_the_reference_for_every_rule(tau, last, sink, scope, counte
     assert_selections_are_equal(select(scores, grid, config), reference.select(scores, grid, config))
 
 
+@pytest.mark.parametrize("counted", ["all", "choice"])
+@pytest.mark.parametrize("scope", ["row", "heads"])
+@pytest.mark.parametrize("weights", [(1, 1, 1), (0.5, 2, 1), (0.125, 0.25, 0.0625)], ids=["same", "differ", "small"])
+def test_lists_equal_the_reference_where_heads_weigh_differently(weights, scope, counted, device):
+    config = RRConfig(16, 4, tau=0.75, scope=scope, counted=counted)
+    grid = make_grid(32, 160, config, device)
+    scores, weights = make_exact_scores(grid, heads=3), torch.tensor(weights, device=device)
+    assert_selections_are_equal(select(scores, grid, config, weights), reference.select(scores, grid, config, weights))
+
+
 @pytest.mark.parametrize(
     ("scope", "lists"),
     [("row", [[0, 1, 3], [0, 1, 3]]), ("heads", [[0, 1, 2, 3], [3]])],  # the query block's own is always there

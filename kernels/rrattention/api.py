@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import get_args
@@ -27,6 +28,7 @@ def rr_attention(
     scale: float | None = None,
     causal: bool = True,
     kv_start: Tensor | None = None,
+    layer: int = 0,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, BlockStats]:
@@ -37,6 +39,7 @@ def rr_attention(
     scale: factor on the scores, 1 / sqrt(D) by default.
     kv_start: [batch] integers in [0, Lk], the first valid key of each sequence (left padding). A sequence is cut into
         blocks from there, so it selects what it would alone; rows before it come out as zeros.
+    layer: whose row of `config.head_weights` is meant, where there are some.
     backend: one of `BACKENDS`; "auto" takes Triton on a CUDA GPU, "cpu" on a CPU, and the reference elsewhere.
 
     Returns [batch, heads, Lq, D], and with `return_stats` also the `BlockStats` of the call. With fewer than
@@ -52,7 +55,7 @@ def rr_attention(
         stats = grid.dense_stats(q.shape[1])
     else:
         scores = stages.estimate(q, k, grid, stride=config.stride, scale=scale)
-        selection = stages.select(scores, grid, config)
+        selection = stages.select(scores, grid, config, _head_weights(config, layer, scores))
         out = stages.attend(q, k, v, selection, scale=scale, skipped=config.skipped)
         stats = selection.stats()
     return (out, stats) if return_stats else out
@@ -82,9 +85,13 @@ def select(
     config: RRConfig = _DEFAULT,
     causal: bool = True,
     kv_start: Tensor | None = None,
+    layer: int = 0,
     backend: str = "auto",
 ) -> BlockSelection:
-    """Return the blocks to keep, given the `scores` that `estimate` made with the same lengths and options."""
+    """Return the blocks to keep, given the `scores` that `estimate` made with the same lengths and options.
+
+    `layer` is as in `rr_attention`.
+    """
     if scores.dim() != 4:
         raise ValueError(f"scores must be [batch, heads, query_blocks, key_blocks], got {tuple(scores.shape)}")
     grid = BlockGrid.of(scores, query_length, key_length, config, causal=causal, kv_start=kv_start)
@@ -93,7 +100,7 @@ def select(
             f"scores must have {grid.query_blocks} x {grid.key_blocks} blocks for lengths {query_length} and "
             f"{key_length}, got {tuple(scores.shape)}"
         )
-    return _stages(backend, scores).select(scores, grid, config)
+    return _stages(backend, scores).select(scores, grid, config, _head_weights(config, layer, scores))
 
 
 def attend(
@@ -143,6 +150,25 @@ def _stages(backend: str, like: Tensor) -> ModuleType:
             return reference
         case _:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _head_weights(config: RRConfig, layer: int, scores: Tensor) -> Tensor | None:
+    """The weights of the heads in `layer`, [heads] in the dtype of `scores`, or None where all are alike."""
+    if config.head_weights is None:
+        return None
+    heads = scores.shape[1]
+    if not 0 <= layer < len(config.head_weights) or len(config.head_weights[layer]) != heads:
+        has = f"{len(config.head_weights)} layers of {len(config.head_weights[0])} heads"
+        raise ValueError(
+            f"head_weights must be those of this model: they have {has}, and this is layer {layer}, {heads} heads"
+        )
+    return _on_device(config.head_weights[layer], scores.dtype, scores.device)
+
+
+@lru_cache(maxsize=1024)
+def _on_device(row: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied once: a copy in each call would make a GPU wait for it."""
+    return torch.tensor(row, dtype=dtype, device=device)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

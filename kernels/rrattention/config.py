@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -36,6 +37,9 @@ class RRConfig:
         mean value of each stand for it, with the weight of as many keys as it has.
     sink: always keep the first key block.
     dense_last_block: the last query block of the call keeps every visible block.
+    head_weights: for each layer of a model, how much worse it is to leave out mass of each of its query heads than of
+        others, 1 or so on average: see `calibrate`. What a query block leaves out, weighted, is then up to 1 - tau of
+        the mass that counts. None takes all heads alike.
     min_tokens: with fewer keys than this the call is dense; None is the length at which sparse was measured to win on
         the device of the call, see `MIN_TOKENS`.
 
@@ -50,6 +54,7 @@ class RRConfig:
     skipped: Skipped = "pooled"
     sink: bool = True
     dense_last_block: bool = True
+    head_weights: tuple[tuple[float, ...], ...] | None = None
     min_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +71,8 @@ class RRConfig:
         for name, kind in (("scope", Scope), ("counted", Counted), ("skipped", Skipped)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.head_weights is not None:
+            object.__setattr__(self, "head_weights", _rows(self.head_weights))  # JSON gives lists
 
     @classmethod
     def paper(cls, tau: float = 0.95) -> RRConfig:
@@ -96,6 +103,19 @@ class RRConfig:
             min_tokens=0 if self.sparse(total_tokens, device) else sys.maxsize,
             dense_last_block=self.dense_last_block and last,
         )
+
+
+def _rows(weights: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """Return `weights` as tuples; ValueError if they are no positive numbers, one for each head of each layer."""
+    try:
+        rows = tuple(tuple(float(weight) for weight in row) for row in weights)
+    except TypeError:
+        raise ValueError(f"head_weights must be a row of numbers for each layer, got {weights!r}") from None
+    wrong = [weight for row in rows for weight in row if not 0 < weight < math.inf]
+    if wrong or len({len(row) for row in rows}) != 1:
+        told = f"{wrong[0]!r} among them" if wrong else "rows of different lengths, or none"
+        raise ValueError(f"head_weights must be positive, as many in each layer, got {told}")
+    return rows
 
 
 # By name; each takes `tau`.

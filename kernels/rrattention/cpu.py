@@ -88,9 +88,10 @@ def estimate(query: Tensor, key: Tensor, grid: BlockGrid, *, stride: int, scale:
 
 
 @torch.no_grad()
-def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
+def select(scores: Tensor, grid: BlockGrid, config: RRConfig, head_weights: Tensor | None = None) -> BlockSelection:
     """Keep the smallest set of visible blocks that holds the mandatory ones and carries tau of the mass that counts.
 
+    With `head_weights` [H] the smallest of those that leave out up to 1 - tau of it, each head's by its weight.
     Query blocks without any mass, which no query was sampled from, keep every block that they see.
     """
     visible, mandatory = grid.visible()[:, None], grid.mandatory()[:, None]  # [B, 1, query_blocks, key_blocks]
@@ -107,7 +108,12 @@ def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
     if config.scope == "heads":  # one list for all heads, [B, query_blocks, H * key_blocks]
         mass = (mass / total.clamp(min=torch.finfo(scores.dtype).tiny)).transpose(1, 2).flatten(2)
         must = mandatory.expand_as(scores).transpose(1, 2).flatten(2)
-    target = config.tau * mass.sum(dim=-1, keepdim=True)
+    counted = mass.sum(dim=-1, keepdim=True)
+    target = config.tau * counted
+    if head_weights is not None:
+        shared = config.scope == "heads"
+        mass = mass * (head_weights.repeat_interleave(grid.key_blocks) if shared else head_weights[:, None, None])
+        target = mass.sum(dim=-1, keepdim=True) - (1 - config.tau) * counted
     given = mass.where(must, 0.0).sum(dim=-1, keepdim=True)
     largest, order = mass.masked_fill(must, 0.0).sort(dim=-1, descending=True, stable=True)
     carried = given + functional.pad(largest, (1, -1)).cumsum(dim=-1)  # before each is taken

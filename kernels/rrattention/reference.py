@@ -59,9 +59,10 @@ def estimate(query: Tensor, key: Tensor, grid: BlockGrid, *, stride: int, scale:
     return columns.unflatten(2, (grid.query_blocks, per_block)).sum(dim=3)
 
 
-def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
+def select(scores: Tensor, grid: BlockGrid, config: RRConfig, head_weights: Tensor | None = None) -> BlockSelection:
     """Keep the smallest set of visible blocks that holds the mandatory ones and carries tau of the mass that counts.
 
+    With `head_weights` [H] the smallest of those that leave out up to 1 - tau of it, each head's by its weight.
     `scores` are those of `estimate`. A query block that no query was sampled from (it has fewer rows than a stride)
     keeps every block that it sees, and so does the last one with `dense_last_block`.
     """
@@ -74,11 +75,14 @@ def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
     if config.tau == 1.0:
         kept = visible  # not left to sums: rounding could reach the total before the smallest blocks
     elif config.scope == "row":
-        kept = _smallest_set(counted, mandatory, config.tau)
+        kept = _smallest_set(
+            counted, mandatory, config.tau, None if head_weights is None else head_weights[:, None, None]
+        )
     else:
         # Every head brings a mass of one to its query block, and all the heads' blocks compete for tau of what counts.
         share = (counted / total.clamp(min=torch.finfo(scores.dtype).tiny)).transpose(1, 2).flatten(2)
-        pool = _smallest_set(share, mandatory.transpose(1, 2).flatten(2), config.tau)
+        weights = None if head_weights is None else head_weights.repeat_interleave(grid.key_blocks)
+        pool = _smallest_set(share, mandatory.transpose(1, 2).flatten(2), config.tau, weights)
         kept = pool.unflatten(2, (heads, -1)).transpose(1, 2)
 
     everything = total == 0
@@ -142,11 +146,18 @@ def attend(
     return _shift_rows(out.flatten(2, 3), grid.first_position - grid.first_query_block * size, query.shape[2])
 
 
-def _smallest_set(mass: Tensor, mandatory: Tensor, tau: float) -> Tensor:
-    """The fewest entries of the last dimension that hold the mandatory ones and carry tau of the mass, as bool."""
+def _smallest_set(mass: Tensor, mandatory: Tensor, tau: float, weights: Tensor | None) -> Tensor:
+    """The fewest entries of the last dimension that hold the mandatory ones and carry tau of the mass, as bool.
+
+    With `weights` those that leave out up to 1 - tau of it, by its weight.
+    """
+    enough = tau * mass.sum(dim=-1, keepdim=True)
+    if weights is not None:
+        out = (1 - tau) * mass.sum(dim=-1, keepdim=True)
+        mass = mass * weights
+        enough = mass.sum(dim=-1, keepdim=True) - out
     order = mass.masked_fill(mandatory, torch.inf).argsort(dim=-1, descending=True, stable=True)
     carried = mass.gather(-1, order).cumsum(dim=-1)
-    enough = tau * mass.sum(dim=-1, keepdim=True)
     needed = functional.pad(carried[..., :-1], (1, 0)) < enough  # while those ranked higher do not carry enough
     return torch.zeros_like(mandatory).scatter(-1, order, needed) | mandatory
 

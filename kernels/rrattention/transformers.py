@@ -33,6 +33,7 @@ __all__ = [
     "NAME",
     "Attention",
     "PrefillRecord",
+    "attending_fully",
     "chunk",
     "enable",
     "exact",
@@ -70,13 +71,32 @@ def enable(model: PreTrainedModel, config: RRConfig | None = None, attention: At
         raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
     register()
     text_config = model.config.get_text_config(decoder=True)
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config is text_config:
-            part.set_attn_implementation(NAME)
-            break
+    _set_implementation(model, NAME)
     if text_config._attn_implementation != NAME:
         raise ValueError(f"model must have a text decoder that takes an attention implementation, got {type(model)}")
     text_config.rrattention = {"attention": attention, "config": asdict(config or RRConfig())}  # plain, for JSON
+
+
+@contextmanager
+def attending_fully(model: PreTrainedModel, config: RRConfig) -> Iterator[None]:
+    """Let `model` attend as `enable` with "full" has it inside the `with`, and as before after it."""
+    text_config = model.config.get_text_config(decoder=True)
+    before = text_config._attn_implementation, getattr(text_config, NAME, None)
+    enable(model, config, attention="full")
+    try:
+        yield
+    finally:
+        _set_implementation(model, before[0])
+        text_config.rrattention = before[1]
+
+
+def _set_implementation(model: PreTrainedModel, name: str) -> None:
+    """Set that of the text part alone."""
+    text_config = model.config.get_text_config(decoder=True)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is text_config:
+            part.set_attn_implementation(name)
+            break
 
 
 def settings(model: PreTrainedModel) -> tuple[RRConfig, Attention]:
@@ -205,7 +225,8 @@ def _attention(
     # A question after a long prefix is short and exact, and so is decoding.
     sparse = attention == "rr" and not _EXACT.get()
     if sparse and query.shape[2] >= config.block_size and key.shape == value.shape:
-        out, stats = rr_attention(query, key, value, config=config, scale=scale, kv_start=kv_start, return_stats=True)
+        options = {"config": config, "scale": scale, "kv_start": kv_start, "layer": module.layer_idx}
+        out, stats = rr_attention(query, key, value, **options, return_stats=True)
         for prefill in _RECORDS.get():
             prefill.add(module.layer_idx, stats)
     else:

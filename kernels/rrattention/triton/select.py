@@ -55,6 +55,7 @@ def _select_kernel(
     indices,
     counts,
     kv_start,
+    head_weights,
     heads,
     query_length,
     key_length,
@@ -67,6 +68,7 @@ def _select_kernel(
     DENSE_LAST_BLOCK: tl.constexpr,
     SHARED: tl.constexpr,
     COUNT_ALL: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     PADDED: tl.constexpr,
@@ -103,14 +105,20 @@ def _select_kernel(
     total = counted + mandatory
     if SHARED:  # every head brings a mass of one
         weight = tl.div_rn(weight, tl.maximum(total, SMALLEST_NORMAL))
-    given = 0.0
     if COUNT_ALL:
         counted = total
+    needed = tau * tl.sum(counted * weight)
+    if WEIGHTED:  # as much may be left out, but each head's by its weight
+        left_out = (1.0 - tau) * tl.sum(counted * weight)
+        weight *= tl.load(head_weights + head, mask=head_exists, other=0.0)
+        needed = tl.sum(counted * weight) - left_out
+    given = 0.0
+    if COUNT_ALL:
         given = tl.sum(mandatory * weight)
     keep_all = tau == 1.0
     if DENSE_LAST_BLOCK:
         keep_all |= is_last
-    needed = tl.where(keep_all, float("inf"), tau * tl.sum(counted * weight))
+    needed = tl.where(keep_all, float("inf"), needed)
 
     # 2. The smallest value with too little mass above it: what is above is kept, and some of the blocks that equal it.
     low = 0
@@ -157,7 +165,15 @@ def _select_kernel(
 
 
 def _constants(
-    heads: int, launch: Launch, config: RRConfig, *, causal: bool, sink: bool, block_size: int, padded: bool
+    heads: int,
+    launch: Launch,
+    config: RRConfig,
+    *,
+    causal: bool,
+    sink: bool,
+    block_size: int,
+    padded: bool,
+    weighted: bool,
 ) -> dict[str, Any]:
     shared = config.scope == "heads"
     tile_m = triton.next_power_of_2(heads) if shared else 1
@@ -168,6 +184,7 @@ def _constants(
         "DENSE_LAST_BLOCK": config.dense_last_block,
         "SHARED": shared,
         "COUNT_ALL": config.counted == "all",
+        "WEIGHTED": weighted,
         "TILE_M": tile_m,
         "TILE_N": max(launch.tile_m * launch.tile_n // tile_m, 1),
         "PADDED": padded,
@@ -176,20 +193,22 @@ def _constants(
 
 def specialization(head_dim: int, dtype: torch.dtype, block_size: int, stride: int, launch: Launch) -> Specialization:
     """Return what the compiler needs for the kernel when 28 heads share tau in a causal call; see `Specialization`."""
-    signature = {"scores": "*fp32:16", "indices": "*i32:16", "counts": "*i32:16", "tau": "fp32"}
+    signature = {"scores": "*fp32:16", "indices": "*i32:16", "counts": "*i32:16", "head_weights": "*fp32:16"}
     integers = ("heads", "query_length", "key_length", "query_blocks", "key_blocks")
-    signature |= dict.fromkeys(integers, "i32")
+    signature |= dict.fromkeys(integers, "i32") | {"tau": "fp32"}
     config = RRConfig(block_size, stride)
-    constants = _constants(28, launch, config, causal=True, sink=True, block_size=block_size, padded=False)
+    options = {"causal": True, "sink": True, "padded": False, "weighted": True}
+    constants = _constants(28, launch, config, block_size=block_size, **options)
     return Specialization(_select_kernel, signature, constants | {"kv_start": None}, launch)
 
 
-def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
+def select(scores: Tensor, grid: BlockGrid, config: RRConfig, head_weights: Tensor | None = None) -> BlockSelection:
     """Keep the smallest set of visible blocks that holds the mandatory ones and carries tau, as `reference.select`.
 
-    scores [B, H, query_blocks, key_blocks] float32, zeros where a block is not visible. Of equal blocks the first
-    are kept, by head, then by column. Sums are float32 in another order than the reference's: where sets carry tau to
-    within rounding, another may be kept. ValueError: the scores are not float32, or there is no launch for the GPU.
+    scores [B, H, query_blocks, key_blocks] float32, zeros where a block is not visible; head_weights [H] float32. Of
+    equal blocks the first are kept, by head, then by column. Sums are float32 in another order than the reference's:
+    where sets carry tau to within rounding, another may be kept. ValueError: the scores are not float32, or there is no
+    launch for the GPU.
     """
     if scores.dtype != torch.float32:
         raise ValueError(f"scores must be float32 for Triton, got {scores.dtype}")
@@ -203,6 +222,7 @@ def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
         indices,
         counts,
         None if grid.kv_start is None else grid.kv_start.contiguous(),
+        head_weights,
         heads,
         grid.query_length,
         grid.key_length,
@@ -217,6 +237,7 @@ def select(scores: Tensor, grid: BlockGrid, config: RRConfig) -> BlockSelection:
             sink=grid.sink,
             block_size=grid.block_size,
             padded=grid.kv_start is not None,
+            weighted=head_weights is not None,
         ),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -1,0 +1,144 @@
+"""How much harm it does to leave out attention mass in each head of a model, found once for a checkpoint.
+
+    weights = calibrate(model, [lambda: model(input_ids=ids, use_cache=False).logits for ids in excerpts])
+    enable(model, RRConfig(head_weights=weights))
+
+Harm is how far the model's predictions move: the KL divergence, which for a small error of a head's output is half the
+mean square of the error times the gradient of a prediction's log-likelihood, where predictions are drawn as the model
+makes them (its Fisher information). One backward pass tells it for all heads of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rrattention.api import attend, estimate, select
+from rrattention.config import RRConfig
+from rrattention.dense import dense_attention
+from rrattention.transformers import attending_fully, observe
+
+__all__ = ["calibrate"]
+
+POWER = 0.25  # of a harm; README.md has others
+RANGE = 1000.0  # how far a head's harm may be from that of others in its layer: what is farther was seen too seldom
+
+
+def calibrate(
+    model: PreTrainedModel,
+    readings: Iterable[Callable[[], Tensor]],
+    config: RRConfig | None = None,
+    *,
+    draws: int = 4,
+    seed: int = 0,
+) -> tuple[tuple[float, ...], ...]:
+    """Return `RRConfig.head_weights` for `model`: for each layer, the weight of each query head.
+
+    readings: each reads something like what the model is for, without a cache or padding, and returns its logits
+        [..., tokens, vocabulary] with their gradients. Sixteen of 2,048 tokens will do.
+    config: what leaves out the blocks, by default at a tau of 0.8, which leaves out many.
+    draws: predictions drawn from each reading: for each the gradients are computed once more.
+
+    In a layer, a head's weight is the fourth root of its harm over the squared mass that it leaves out; between layers,
+    the fourth root of their harm over the blocks that they save. Memory is that of a training step with one reading,
+    without gradients of the parameters. ValueError: there is nothing to read, or it is so short that no block is left
+    out.
+    """
+    config = replace(config or RRConfig(tau=0.8), head_weights=None, min_tokens=0)
+    found: dict[int, _Harm] = {}
+    generator: torch.Generator | None = None
+    with attending_fully(model, config), _frozen(model), torch.enable_grad():
+        for read in readings:
+            with observe(_Probe(config, found)):
+                likelihoods = read().float().flatten(0, -2).log_softmax(dim=-1)
+            if not likelihoods.requires_grad:
+                raise ValueError(
+                    "readings must be prefills of this model that gradients flow through, got one that is not"
+                )
+            generator = generator or torch.Generator(likelihoods.device).manual_seed(seed)
+            for draw in range(draws):
+                drawn = torch.multinomial(likelihoods.detach().exp(), 1, generator=generator)
+                likelihoods.gather(1, drawn).sum().backward(retain_graph=draw + 1 < draws)
+    if not found:
+        raise ValueError("readings must be prefills of the model, and there were none")
+    harms = [harm for _, harm in sorted(found.items())]
+    if any(harm.saved == 0 for harm in harms):
+        raise ValueError(
+            f"readings must be long enough to leave out blocks of {config.block_size} tokens, and none was"
+        )
+    return _weights(harms)
+
+
+@dataclass(slots=True)
+class _Harm:
+    """What was found in a layer, summed over what was read."""
+
+    heads: Tensor  # [H], the squares of each head's effect
+    left_out: Tensor  # [H], shares of the mass
+    layer: float | Tensor = 0.0  # the squares of all heads' effect together
+    saved: float | Tensor = 0.0  # shares of the blocks
+
+
+@dataclass(slots=True)
+class _Probe:
+    """An observer that attends densely, and learns from the gradients what the sparse output would do instead."""
+
+    config: RRConfig
+    found: dict[int, _Harm] = field(default_factory=dict)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+        if query.shape[2] != key.shape[2] or query.shape[2] <= self.config.block_size:
+            return None
+        out = dense_attention(query, key, value, scale=scale)
+        with torch.no_grad():
+            scores = estimate(query, key, config=self.config, scale=scale)
+            selection = select(scores, query.shape[2], key.shape[2], config=self.config)
+            error = attend(query, key, value, selection, scale=scale, skipped=self.config.skipped) - out
+            share = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+            none = scores.new_zeros(scores.shape[1])
+            harm = self.found.setdefault(layer, _Harm(none, none))
+            harm.left_out = harm.left_out + (share * ~selection.mask()).sum(dim=-1).mean(dim=(0, 2))
+            harm.saved = harm.saved + 1 - selection.density()
+
+        def learn(gradient: Tensor) -> None:
+            effect = (gradient.float() * error.float()).sum(dim=(0, 2, 3))
+            harm.heads = harm.heads + effect.square()
+            harm.layer = harm.layer + effect.sum().square()
+
+        if not out.requires_grad:  # the first layer's: nothing before it has gradients
+            out.requires_grad_()
+        out.register_hook(learn)
+        return out
+
+
+def _weights(harms: list[_Harm]) -> tuple[tuple[float, ...], ...]:
+    layers = torch.stack([torch.as_tensor(harm.layer / harm.saved) for harm in harms]).double().cpu()
+    across = (layers / _geometric_mean(layers)).clamp(1 / RANGE, RANGE) ** POWER
+    rows = []
+    for harm, weight in zip(harms, across, strict=True):
+        heads = (harm.heads / harm.left_out.clamp(min=1e-6).square()).double().cpu()
+        within = (heads / _geometric_mean(heads)).clamp(1 / RANGE, RANGE) ** POWER
+        rows.append(tuple(float(f"{each:.3g}") for each in (weight * within / within.mean()).tolist()))
+    return tuple(rows)
+
+
+def _geometric_mean(values: Tensor) -> Tensor:
+    return values.clamp(min=torch.finfo(torch.float32).tiny).log().mean().exp()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters want no gradients inside the `with`: those would take as much memory as the model."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
