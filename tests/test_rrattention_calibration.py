@@ -8,7 +8,7 @@ import pytest
 import torch
 from decoders import SPARSE, make_ids, make_model
 
-from rrattention import attend, dense_attention, estimate, select
+from rrattention import RRConfig, attend, dense_attention, estimate, select
 from rrattention.calibration import calibrate
 from rrattention.transformers import attending_fully, enable, observe, record, settings
 
@@ -72,10 +72,11 @@ def test_a_head_and_a_layer_that_nothing_depends_on_weigh_least(llama):
     model = copy.deepcopy(llama)
     size = model.config.hidden_size // 4
     model.model.layers[0].self_attn.o_proj.weight.data[:, 2 * size : 3 * size] = 0
-    model.model.layers[1].self_attn.o_proj.weight.data *= 0.01
-    first, second = calibrate(model, reads(model), CONFIG)
+    model.model.layers[1].self_attn.o_proj.weight.data *= 0
+    first, second = RRConfig(head_weights=calibrate(model, reads(model), CONFIG)).head_weights
     assert first[2] < 0.5 * min(first[:2] + first[3:])
     assert sum(second) < 0.5 * sum(first)
+    assert sum(first + second) / 8 == pytest.approx(1, rel=0.01)
 
 
 def test_the_model_is_left_as_it_was_and_the_same_is_found_again(llama):

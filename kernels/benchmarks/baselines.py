@@ -16,7 +16,7 @@ Shapes: B batch, H query heads, K key heads, L length, D head dim, M query block
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,10 +45,12 @@ class Way(NamedTuple):
     skipped: Skipped = "dropped"
     block_size: int = 128
     stride: int = 8
+    weighted: bool = False  # each head by the weight that a checkpoint was found to give it
 
-    def config(self, tau: float) -> RRConfig:
-        """The settings that `choose` is called with, sparse at any length."""
-        return RRConfig(self.block_size, self.stride, tau=tau, min_tokens=0)
+    def config(self, tau: float, head_weights: Sequence[float] | None = None) -> RRConfig:
+        """The settings that `choose` is called with in a layer of these `head_weights`, sparse at any length."""
+        weights = (tuple(head_weights),) if self.weighted and head_weights else None
+        return RRConfig(self.block_size, self.stride, tau=tau, head_weights=weights, min_tokens=0)
 
 
 def by(scope: Scope, counted: Counted, method: Method) -> Method:
@@ -149,6 +151,8 @@ def flexprefill(query: Tensor, key: Tensor, grid: BlockGrid, config: RRConfig, s
 METHODS = {
     "RRAttention": Way(by("heads", "choice", rrattention), "pooled"),
     "RRAttention fine": Way(by("heads", "all", rrattention), "pooled", FINE.block_size, FINE.stride),
+    "RRAttention weighted": Way(by("heads", "choice", rrattention), "pooled", weighted=True),
+    "RRAttention fine weighted": Way(by("heads", "all", rrattention), "pooled", FINE.block_size, FINE.stride, True),
     "RRAttention dropped": Way(by("heads", "choice", rrattention)),
     "RRAttention all": Way(by("heads", "all", rrattention)),
     "RRAttention paper": Way(by("row", "all", rrattention)),

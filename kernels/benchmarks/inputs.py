@@ -39,11 +39,12 @@ class Inputs:
     k: Tensor
     v: Tensor
     scale: float
+    layer: int = 0  # of the model that they are from
 
     def first(self, length: int) -> Inputs:
         """The first `length` tokens: under causal attention they are what a shorter sequence would have given."""
         q, k, v = (x[:, :, :length] for x in (self.q, self.k, self.v))
-        return Inputs(self.name, q, k, v, self.scale)
+        return Inputs(self.name, q, k, v, self.scale, self.layer)
 
 
 def generate(

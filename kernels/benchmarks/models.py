@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import unwrap
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -34,12 +35,16 @@ Reading = Callable[[], tuple[Tensor, Tensor]]  # logits [tokens, vocabulary], an
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A model and its readings, each of which prefills one excerpt or video and predicts what comes of it."""
+    """A model and its readings, each of which prefills one excerpt or video and predicts what comes of it.
+
+    Gradients flow through a reading, where they are not switched off.
+    """
 
     name: str
     model: Any
     readings: Sequence[Reading]
 
+    @torch.no_grad()
     def loss(self) -> float:
         """Read everything; returns nats a token, the mean over what the model should have said."""
         predicted = (read() for read in self.readings)
@@ -83,7 +88,7 @@ def capture(task: Task, layers: Sequence[int] = ()) -> list[Inputs]:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if layer in wanted and q.shape[2] == k.shape[2]:
-            kept.append(Inputs(f"{task.name}, layer {layer}", q.clone(), k.clone(), v.clone(), scale))
+            kept.append(Inputs(f"{task.name}, layer {layer}", q.clone(), k.clone(), v.clone(), scale, layer))
         return dense_attention(q, k, v, scale=scale)
 
     with attending(task.model, attend):
@@ -143,7 +148,6 @@ def _text_task(path: str | Path, arguments: Namespace, dtype: torch.dtype, token
         starts = [(len(ids) - length) * number // max(1, count - 1) for number in range(count)]
         excerpts += [ids[None, start : start + length] for start in starts]
 
-    @torch.no_grad()
     def read(excerpt: Tensor) -> tuple[Tensor, Tensor]:
         half = excerpt.shape[1] // 2
         logits = model(input_ids=excerpt, use_cache=False, logits_to_keep=excerpt.shape[1] - half).logits
@@ -232,12 +236,13 @@ class _Watched:
     def read(self) -> tuple[Tensor, Tensor]:
         """Prefill the video, and predict the tokens of the answers."""
         checkpoint, cache = self.checkpoint, self.checkpoint.new_cache()
-        checkpoint.forward(self.embeddings, self.prefix.positions[:, None], cache)
+        forward = partial(unwrap(type(checkpoint).forward), checkpoint)  # which is for inference: without its no_grad
+        forward(self.embeddings, self.prefix.positions[:, None], cache)
         predicted = []
         for question, answer in self.asked:
             ids = torch.cat([question, answer[:-1]])
             positions = self.prefix.next_positions(len(ids))[:, None]
-            logits = checkpoint.forward(checkpoint.embed(ids)[None], positions, cache, last_only=False)
+            logits = forward(checkpoint.embed(ids)[None], positions, cache, last_only=False)
             cache.crop(-len(ids))
             predicted.append(logits[0, -len(answer) :])
         right = torch.cat([answer for _, answer in self.asked])

@@ -13,6 +13,7 @@ predictions are from those of the dense model. Correctness comes first; the last
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -33,6 +34,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
 from rrattention import BlockGrid, BlockSelection, BlockStats, attend, dense_attention
+
+Weights = Sequence[Sequence[float]]  # of the heads of each layer
 
 GATE_LENGTH = 640  # tokens of a layer's inputs that everything is checked on, in float64
 TINY = 1e-12  # a divergence that is as good as none
@@ -74,9 +77,11 @@ def main() -> int:
         finish(summary, arguments.json)
         return 1
 
-    rows = measure(layers, arguments.methods, arguments.tau)
+    weights = arguments.head_weights
+    rows = measure(layers, arguments.methods, arguments.tau, weights)
     if task is not None:
-        summary["dense loss"], losses = losses_with(task, [(METHODS[row["method"]], row["tau"]) for row in rows])
+        ways = [(METHODS[row["method"]], row["tau"]) for row in rows]
+        summary["dense loss"], losses = losses_with(task, ways, weights)
         for row, found in zip(rows, losses, strict=True):
             row |= {"loss": found.loss, "increase": found.loss / summary["dense loss"] - 1}
             row |= {"divergence": found.divergence, "loss density": float(found.stats.density())}
@@ -123,7 +128,9 @@ def check_all(inputs: Inputs, task: Task | None) -> Iterator[dict[str, Any]]:
         yield check("prefills that were not replaced", float(replaced.stats.visible == 0), 0.5)
 
 
-def measure(layers: Sequence[Inputs], methods: Sequence[str], taus: Sequence[float]) -> list[dict[str, Any]]:
+def measure(
+    layers: Sequence[Inputs], methods: Sequence[str], taus: Sequence[float], weights: Weights | None = None
+) -> list[dict[str, Any]]:
     """Return a row for each method and tau: density, error and kept mass over `layers`."""
     found: dict[tuple[str, float], list[tuple[BlockStats, float, float]]] = {}
     for inputs in layers:
@@ -133,7 +140,7 @@ def measure(layers: Sequence[Inputs], methods: Sequence[str], taus: Sequence[flo
         for name in methods:
             way = METHODS[name]
             for tau in taus:
-                selection = chosen(way, tau, q, k, inputs.scale)
+                selection = chosen(way, tau, q, k, inputs.scale, weights and weights[inputs.layer])
                 if way.block_size not in masses:
                     masses[way.block_size] = block_mass(q, k, selection.grid, scale=inputs.scale)
                 mass = masses[way.block_size]
@@ -143,9 +150,11 @@ def measure(layers: Sequence[Inputs], methods: Sequence[str], taus: Sequence[flo
     return [_row(name, tau, of_layers) for (name, tau), of_layers in found.items()]
 
 
-def chosen(way: Way, tau: float, query: Tensor, key: Tensor, scale: float) -> BlockSelection:
-    """Which blocks `way` keeps of a causal call."""
-    config = way.config(tau)
+def chosen(
+    way: Way, tau: float, query: Tensor, key: Tensor, scale: float, head_weights: Sequence[float] | None = None
+) -> BlockSelection:
+    """Which blocks `way` keeps of a causal call, in a layer of these `head_weights`."""
+    config = way.config(tau, head_weights)
     return way.choose(query, key, BlockGrid.of(query, query.shape[2], key.shape[2], config), config, scale)
 
 
@@ -158,7 +167,10 @@ class Losses:
     stats: BlockStats
 
 
-def losses_with(task: Task, ways: Sequence[tuple[Way, float]]) -> tuple[float, list[Losses]]:
+@torch.no_grad()
+def losses_with(
+    task: Task, ways: Sequence[tuple[Way, float]], weights: Weights | None = None
+) -> tuple[float, list[Losses]]:
     """The loss when all prefills of `task` attend densely, and what each way and tau makes of it."""
     zero = torch.zeros((), dtype=torch.long)
     totals = [Losses(0.0, 0.0, BlockStats(zero, zero, zero)) for _ in ways]
@@ -170,7 +182,7 @@ def losses_with(task: Task, ways: Sequence[tuple[Way, float]]) -> tuple[float, l
         dense_loss += float(nll_loss(dense, right, reduction="sum"))
         tokens += len(right)
         for (way, tau), total in zip(ways, totals, strict=True):
-            with attending(task.model, partial(_sparse, way, tau, total)):
+            with attending(task.model, partial(_sparse, way, tau, total, weights)):
                 found = read()[0].float().log_softmax(dim=-1)
             total.loss += float(nll_loss(found, right, reduction="sum"))
             total.divergence += float(kl_div(found, dense, reduction="sum", log_target=True))
@@ -183,10 +195,20 @@ def _dense(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return dense_attention(q, k, v, scale=scale)
 
 
-def _sparse(way: Way, tau: float, total: Losses, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _sparse(
+    way: Way,
+    tau: float,
+    total: Losses,
+    weights: Weights | None,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+) -> Tensor:
     if q.shape[2] < k.shape[2]:  # a question after its video is short, and exact
         return dense_attention(q, k, v, scale=scale)
-    selection = chosen(way, tau, q, k, scale)
+    selection = chosen(way, tau, q, k, scale, weights and weights[layer])
     stats = selection.stats()
     total.stats += BlockStats(stats.kept.cpu(), stats.visible.cpu(), stats.mandatory.cpu())
     return attend(q, k, v, selection, scale=scale, skipped=way.skipped)
@@ -251,10 +273,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--tau", type=float, nargs="+", default=[0.99, 0.97, 0.95, 0.9, 0.85, 0.8])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="default: all that can be run")
+    parser.add_argument("--head-weights", type=Path, metavar="FILE", help="what calibrate.py has written of the model")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw error against density")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
     arguments = parser.parse_args()
+    weighted = [name for name, way in METHODS.items() if way.weighted]
+    if arguments.head_weights:
+        arguments.head_weights = json.loads(arguments.head_weights.read_text(encoding="utf-8"))
+    elif lacking := [name for name in arguments.methods or () if name in weighted]:
+        parser.error(f"{lacking[0]} needs --head-weights")
+    arguments.methods = arguments.methods or [
+        name for name in METHODS if arguments.head_weights or name not in weighted
+    ]
     arguments.device = arguments.device or default_device()
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.type == "cuda" else "float32")
     return arguments

@@ -26,7 +26,7 @@ from rrattention.transformers import attending_fully, observe
 __all__ = ["calibrate"]
 
 POWER = 0.25  # of a harm; README.md has others
-RANGE = 1000.0  # how far a head's harm may be from that of others in its layer: what is farther was seen too seldom
+RANGE = 1000.0  # how far a harm may be from the median one: what is farther was seen too seldom
 
 
 def calibrate(
@@ -45,9 +45,9 @@ def calibrate(
     draws: predictions drawn from each reading: for each the gradients are computed once more.
 
     In a layer, a head's weight is the fourth root of its harm over the squared mass that it leaves out; between layers,
-    the fourth root of their harm over the blocks that they save. Memory is that of a training step with one reading,
-    without gradients of the parameters. ValueError: there is nothing to read, or it is so short that no block is left
-    out.
+    the fourth root of their harm over the blocks that they save. Their mean is 1. Memory is that of a training step
+    with one reading, without gradients of the parameters. ValueError: there is nothing to read, gradients do not flow
+    through it, or it is so short that no block is left out.
     """
     config = replace(config or RRConfig(tau=0.8), head_weights=None, min_tokens=0)
     found: dict[int, _Harm] = {}
@@ -117,18 +117,17 @@ class _Probe:
 
 
 def _weights(harms: list[_Harm]) -> tuple[tuple[float, ...], ...]:
-    layers = torch.stack([torch.as_tensor(harm.layer / harm.saved) for harm in harms]).double().cpu()
-    across = (layers / _geometric_mean(layers)).clamp(1 / RANGE, RANGE) ** POWER
-    rows = []
-    for harm, weight in zip(harms, across, strict=True):
-        heads = (harm.heads / harm.left_out.clamp(min=1e-6).square()).double().cpu()
-        within = (heads / _geometric_mean(heads)).clamp(1 / RANGE, RANGE) ** POWER
-        rows.append(tuple(float(f"{each:.3g}") for each in (weight * within / within.mean()).tolist()))
-    return tuple(rows)
+    within = torch.stack([_of_harms(harm.heads / harm.left_out.clamp(min=1e-6).square()) for harm in harms])
+    across = _of_harms(torch.stack([torch.as_tensor(harm.layer / harm.saved) for harm in harms]))
+    weights = across[:, None] * within / within.mean(dim=1, keepdim=True)
+    return tuple(tuple(float(f"{weight:.3g}") for weight in row) for row in (weights / weights.mean()).tolist())
 
 
-def _geometric_mean(values: Tensor) -> Tensor:
-    return values.clamp(min=torch.finfo(torch.float32).tiny).log().mean().exp()
+def _of_harms(harms: Tensor) -> Tensor:
+    """Weights that are 1 for the median; a layer whose output nobody reads has no harm at all."""
+    harms = harms.double().cpu()
+    median = harms.median().clamp(min=torch.finfo(harms.dtype).tiny)
+    return (harms / median).clamp(1 / RANGE, RANGE) ** POWER
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class RRConfig:
     sink: always keep the first key block.
     dense_last_block: the last query block of the call keeps every visible block.
     head_weights: for each layer of a model, how much worse it is to leave out mass of each of its query heads than of
-        others, 1 or so on average: see `calibrate`. What a query block leaves out, weighted, is then up to 1 - tau of
+        others, 1 on average: see `calibrate`. What a query block leaves out, weighted, is then up to 1 - tau of
         the mass that counts. None takes all heads alike.
     min_tokens: with fewer keys than this the call is dense; None is the length at which sparse was measured to win on
         the device of the call, see `MIN_TOKENS`.
