@@ -59,6 +59,7 @@ def main() -> None:
         ("engine", "seconds and memory of watching a video"),
         ("prefill", "speed of RRAttention's kernels"),
         ("quality", "its error against its density"),
+        ("calibrate", "what each attention head of a model weighs, for RRConfig.head_weights"),
         ("watch", "a prefill of generated frames by a whole model with random weights"),
     ):
         commands.add_parser(name, help=f"{about}; --help tells its options", add_help=False)
@@ -70,7 +71,7 @@ def main() -> None:
         from rrvideo.bench_engine import main as bench_engine
 
         sys.exit(bench_engine(rest))
-    if arguments.command in ("prefill", "quality", "watch"):
+    if arguments.command in ("prefill", "quality", "calibrate", "watch"):
         script = KERNELS / f"{arguments.command}.py"
         if not script.exists():
             sys.exit(f"{script.name} comes with the repository and not with the package: run this from a checkout")

@@ -1,6 +1,7 @@
 """The quality benchmark: other ways to choose blocks, what real models lose by them, and how they are compared."""
 
 import itertools
+import json
 import math
 from argparse import Namespace
 from xml.etree import ElementTree
@@ -215,6 +216,31 @@ def test_quality_of_a_text_ends_in_one_line_of_json_and_a_plot(run_script, text_
     lines = ElementTree.parse(plot).getroot().iter("{http://www.w3.org/2000/svg}polyline")
     assert [len(line.get("points").split()) for line in lines] == [2, 2]
     assert "at the densities of RRAttention paper" in printed
+
+
+def test_weights_of_heads_are_written_and_measured(run_script, text_task, tmp_path):
+    path, text = text_task
+    weights = tmp_path / "weights.json"
+    text = ("--text", text, "--tokens", 500)
+    code, _, found = run_script("calibrate", "--model", path, *text, "--write", weights)
+    assert code == 0 and found["least"] < 1 < found["most"]
+    assert [len(row) for row in json.loads(weights.read_text())] == [4, 4]
+
+    methods = ("--methods", "RRAttention", "RRAttention weighted", "--tau", 0.6)
+    code, _, summary = run_script("quality", "--model", path, *text, *methods, "--head-weights", weights)
+    alike, weighted = summary["rows"]
+    assert code == 0 and summary["green"]
+    assert (weighted["density"], weighted["loss"]) != (alike["density"], alike["loss"])
+    weights.write_text(json.dumps([[1, 1, 1, 1]] * 2))
+    _, _, summary = run_script("quality", "--model", path, *text, *methods, "--head-weights", weights)
+    alike, weighted = summary["rows"]
+    assert weighted | {"method": None} == pytest.approx(alike | {"method": None}), "all heads weigh the same"
+
+
+def test_weighted_ways_need_weights(run_script, capsys):
+    with pytest.raises(SystemExit):
+        run_script("quality", "--methods", "RRAttention weighted")
+    assert "needs --head-weights" in capsys.readouterr().err
 
 
 def test_quality_on_videos_counts_the_tokens_of_the_answers(run_script):
