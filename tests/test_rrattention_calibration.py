@@ -109,7 +109,9 @@ def test_weights_are_saved_with_the_model(llama, tmp_path):
     config = replace(SPARSE, head_weights=((1.0, 0.5, 2.0, 1.0), (0.25, 1.0, 1.0, 1.0)))
     enable(model, config)
     model.save_pretrained(tmp_path)
-    assert settings(type(model).from_pretrained(tmp_path)) == (config, "rr")
+    found = type(model).from_pretrained(tmp_path)
+    assert settings(found) == (config, "rr")
+    assert found.config.rrattention == model.config.rrattention, "or a prefix that was saved with it is refused"
 
 
 def test_too_little_to_read_is_told(llama):

@@ -74,7 +74,7 @@ def enable(model: PreTrainedModel, config: RRConfig | None = None, attention: At
     _set_implementation(model, NAME)
     if text_config._attn_implementation != NAME:
         raise ValueError(f"model must have a text decoder that takes an attention implementation, got {type(model)}")
-    text_config.rrattention = {"attention": attention, "config": asdict(config or RRConfig())}  # plain, for JSON
+    text_config.rrattention = {"attention": attention, "config": _plain(config or RRConfig())}
 
 
 @contextmanager
@@ -245,6 +245,13 @@ def _record_dense(
     stats = grid.dense_stats(query.shape[1])
     for prefill in _RECORDS.get():
         prefill.add(module.layer_idx, stats)
+
+
+def _plain(config: RRConfig) -> dict[str, Any]:
+    """The fields as JSON has them, so that what was saved equals what is set; weights only where there are some."""
+    fields = asdict(config)
+    weights = fields.pop("head_weights")
+    return fields | ({"head_weights": [list(row) for row in weights]} if weights else {})
 
 
 def _stored(text_config: Any) -> tuple[RRConfig, Attention]:
