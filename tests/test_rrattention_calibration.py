@@ -88,7 +88,7 @@ def test_the_model_is_left_as_it_was_and_the_same_is_found_again(llama):
     assert settings(model) == before
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert weights == calibrate(llama, reads(llama), CONFIG) != calibrate(llama, reads(llama)[:1], CONFIG)
-    assert llama.config._attn_implementation == "sdpa"
+    assert llama.config._attn_implementation == "sdpa" and not hasattr(llama.config, "rrattention")
 
 
 def test_each_layer_keeps_blocks_by_its_own_row_of_weights(llama):
@@ -112,6 +112,13 @@ def test_weights_are_saved_with_the_model(llama, tmp_path):
     found = type(model).from_pretrained(tmp_path)
     assert settings(found) == (config, "rr")
     assert found.config.rrattention == model.config.rrattention, "or a prefix that was saved with it is refused"
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 8)])
+def test_weights_of_another_model_are_refused(llama, shape):
+    config = replace(SPARSE, head_weights=[[1.0] * shape[1]] * shape[0])
+    with pytest.raises(ValueError, match=f"2 layers of 4 heads, got {shape[0]} layers of {shape[1]}"):
+        enable(copy.deepcopy(llama), config)
 
 
 def test_too_little_to_read_is_told(llama):

@@ -64,17 +64,24 @@ def enable(model: PreTrainedModel, config: RRConfig | None = None, attention: At
 
     `attention="full"` runs the same code with dense attention, so that `record` and `observe` work in both modes. The
     settings are kept in the text part's config: they belong to this model and are saved and copied with it. Call it
-    again to change them, and `model.set_attn_implementation` to leave. ValueError: `attention` is neither, or `model`
-    has no text decoder that takes an attention implementation.
+    again to change them, and `model.set_attn_implementation` to leave. ValueError: `attention` is neither, `model` has
+    no text decoder that takes an attention implementation, or the weights of heads are another model's.
     """
     if attention not in get_args(Attention):
         raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
-    register()
+    config = config or RRConfig()
     text_config = model.config.get_text_config(decoder=True)
+    size = text_config.num_hidden_layers, text_config.num_attention_heads
+    if (weights := config.head_weights) and (len(weights), len(weights[0])) != size:
+        raise ValueError(
+            f"head_weights must be those of this model, {size[0]} layers of {size[1]} heads, "
+            f"got {len(weights)} layers of {len(weights[0])}"
+        )
+    register()
     _set_implementation(model, NAME)
     if text_config._attn_implementation != NAME:
         raise ValueError(f"model must have a text decoder that takes an attention implementation, got {type(model)}")
-    text_config.rrattention = {"attention": attention, "config": _plain(config or RRConfig())}
+    text_config.rrattention = {"attention": attention, "config": _plain(config)}
 
 
 @contextmanager
@@ -87,7 +94,10 @@ def attending_fully(model: PreTrainedModel, config: RRConfig) -> Iterator[None]:
         yield
     finally:
         _set_implementation(model, before[0])
-        text_config.rrattention = before[1]
+        if before[1] is None:
+            del text_config.rrattention
+        else:
+            text_config.rrattention = before[1]
 
 
 def _set_implementation(model: PreTrainedModel, name: str) -> None:
@@ -208,7 +218,7 @@ def _attention(
     if dropout:
         raise ValueError(f"dropout must be 0 with {NAME}, which is for inference, got {dropout}")
 
-    config, attention = _stored(module.config)
+    config, attention = _stored(module.config, module.layer_idx)
     if (part := _CHUNK.get()) is not None:
         config = config.for_chunk(**part, device=query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -225,8 +235,7 @@ def _attention(
     # A question after a long prefix is short and exact, and so is decoding.
     sparse = attention == "rr" and not _EXACT.get()
     if sparse and query.shape[2] >= config.block_size and key.shape == value.shape:
-        options = {"config": config, "scale": scale, "kv_start": kv_start, "layer": module.layer_idx}
-        out, stats = rr_attention(query, key, value, **options, return_stats=True)
+        out, stats = rr_attention(query, key, value, config=config, scale=scale, kv_start=kv_start, return_stats=True)
         for prefill in _RECORDS.get():
             prefill.add(module.layer_idx, stats)
     else:
@@ -254,10 +263,18 @@ def _plain(config: RRConfig) -> dict[str, Any]:
     return fields | ({"head_weights": [list(row) for row in weights]} if weights else {})
 
 
-def _stored(text_config: Any) -> tuple[RRConfig, Attention]:
-    """Return what `enable` stored in the text part's config, or the defaults under a bare `attn_implementation`."""
+def _stored(text_config: Any, layer: int | None = None) -> tuple[RRConfig, Attention]:
+    """Return what `enable` stored in the text part's config, or the defaults under a bare `attn_implementation`.
+
+    For a `layer` with its row of weights alone: every call of every layer reads this, and a model has hundreds.
+    """
     stored = getattr(text_config, NAME, None)
-    return (RRConfig(**stored["config"]), stored["attention"]) if stored else (RRConfig(), "rr")
+    if not stored:
+        return RRConfig(), "rr"
+    fields = stored["config"]
+    if layer is not None and "head_weights" in fields:
+        fields = fields | {"head_weights": [fields["head_weights"][layer]]}
+    return RRConfig(**fields), stored["attention"]
 
 
 def _mask(
