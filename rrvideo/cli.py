@@ -190,14 +190,13 @@ def _load(arguments: argparse.Namespace, status: Status) -> VideoQA:
     if model is None:
         print(EMBEDDED_MODEL, file=sys.stderr)
     status.show(f"loading {model or 'tiny'}")
-    from rrattention import RRConfig
     from rrvideo.pipeline import VideoQA
 
     hush_transformers(keep_downloads=not arguments.quiet)
     return VideoQA.load(
         model or "tiny",
         attention=arguments.attention,
-        config=RRConfig(tau=arguments.tau),
+        config=options.rr_config(arguments.rule, arguments.tau, arguments.head_weights),
         device=arguments.device,
         dtype=arguments.dtype,
     )

@@ -193,7 +193,10 @@ def load(
     if tokenizer.convert_tokens_to_ids(VIDEO_PAD) != model.config.video_token_id:
         raise ModelError(f"the tokenizer of {name} does not belong to its model: they differ in the id of {VIDEO_PAD}")
     use_segment_attention(model)
-    enable(model, config, attention=attention)
+    try:
+        enable(model, config, attention=attention)
+    except ValueError as error:
+        raise ModelError(f"{name} cannot attend so: {error}") from error
     return Checkpoint(name, family, model, tokenizer, spec, limits, folder, target)
 
 

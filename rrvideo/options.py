@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rrvideo.clock import parse_clip
 
+if TYPE_CHECKING:
+    from rrattention import RRConfig
+
 __all__ = [
+    "HEAD_WEIGHTS",
+    "RULE",
+    "RULES",
     "AppendQuery",
     "add_attention",
     "add_model",
@@ -18,11 +26,18 @@ __all__ = [
     "add_sampling",
     "clip",
     "count",
+    "head_weights",
     "positive",
     "question",
+    "rr_config",
+    "share",
     "table",
     "watch_options",
 ]
+
+RULES = ("default", "paper", "fine")  # those of rrattention, which would import torch
+RULE = "which blocks RRAttention keeps: by its own default rule, the paper's, or a finer one (default: default)"
+HEAD_WEIGHTS = "how much each head of the model matters: what `rrvideo bench calibrate` has written"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +94,8 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
         default=0.95,
         help="the share of the attention that RRAttention keeps, up to 1 (default: 0.95)",
     )
+    parser.add_argument("--rule", choices=RULES, default="default", help=RULE)
+    parser.add_argument("--head-weights", metavar="FILE", type=head_weights, help=HEAD_WEIGHTS)
 
 
 class AppendQuery(argparse.Action):
@@ -101,6 +118,13 @@ def watch_options(arguments: argparse.Namespace) -> dict[str, Any]:
     start, end = arguments.clip
     names = ("fps", "max_frames", "sampling", "fit", "reader", "cache")
     return {"start": start, "end": end, **{name: getattr(arguments, name) for name in names}}
+
+
+def rr_config(rule: str, tau: float, head_weights: tuple[tuple[float, ...], ...] | None) -> RRConfig:
+    """What RRAttention is to do by what `add_attention` has read."""
+    from rrattention.config import RULES
+
+    return replace(RULES[rule](tau=tau), head_weights=head_weights)
 
 
 def question(text: str) -> str:
@@ -140,6 +164,19 @@ def share(text: str) -> float:
 def count(text: str) -> int:
     """A whole number above 0."""
     return int(_number(text, lambda value: value >= 1 and value.is_integer(), "a whole number above 0"))
+
+
+def head_weights(name: str) -> tuple[tuple[float, ...], ...] | None:
+    """The weights in a file that `rrvideo bench calibrate` has written."""
+    from rrattention import RRConfig
+
+    try:
+        weights = json.loads(Path(name).read_text(encoding="utf-8"))
+        return RRConfig(head_weights=weights or ()).head_weights
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no text, no JSON, or other JSON
+        raise argparse.ArgumentTypeError(f"{name} is not what rrvideo bench calibrate writes: {error}") from error
 
 
 def _number(text: str, valid: Callable[[float], bool], what: str) -> float:

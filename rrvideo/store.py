@@ -203,9 +203,11 @@ def _check_model(made_with: Mapping[str, Any], checkpoint: Checkpoint, name: str
             f"load it with dtype={made_with['dtype']!r}, or watch the video again",
         )
     if found["attention"] != made_with["attention"]:
+        config = dict(made_with["attention"]["config"])
+        weights = ", and the head_weights that it was watched with" if config.pop("head_weights", None) else ""
         raise ModelError(
             f"{name} was watched with other attention than {checkpoint.name} is loaded with",
-            "load it with attention={attention!r} and config=RRConfig(**{config})".format(**made_with["attention"]),
+            f"load it with attention={made_with['attention']['attention']!r} and config=RRConfig(**{config}){weights}",
         )
 
 

@@ -4,13 +4,16 @@ import inspect
 import json
 import shutil
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from clips import numbered_frames, write_video
 
-from rrvideo import VideoQA, budget, cli
+from rrattention import RRConfig
+from rrattention.config import RULES
+from rrvideo import VideoQA, budget, cli, options
 from rrvideo.pipeline import MAX_NEW_TOKENS
 from rrvideo.scan import scan
 from rrvideo.video import probe
@@ -81,25 +84,67 @@ def test_quiet_leaves_stderr_empty(rrvideo, model, clip):
     assert rrvideo("ask", clip, QUESTION, "--model", model, "--quiet")[::2] == (0, "")
 
 
-def test_options_reach_the_video_and_the_model(rrvideo, model, clip, monkeypatch):
+@pytest.fixture
+def weights(folder):
+    """Weights for the heads of the model, and where they are written."""
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    return [[1.5, *[0.9] * (config["num_attention_heads"] - 1)]] * config["num_hidden_layers"]
+
+
+def test_options_reach_the_video_and_the_model(rrvideo, model, clip, weights, tmp_path, monkeypatch):
     loaded, watched = {}, {}
     load, watch = VideoQA.load, VideoQA.watch
     monkeypatch.setattr(VideoQA, "load", lambda *args, **options: loaded.update(options) or load(*args, **options))
     monkeypatch.setattr(VideoQA, "watch", lambda *args, **options: watched.update(options) or watch(*args, **options))
     sampling = ("--clip", "0:01-0:04.5", "--fps", 2, "--max-frames", 4, "--sampling", "keyframes", "--reader", "pyav")
     memory = ("--fit", "--cache", "offload", "--device", "cpu", "--dtype", "float16")
-    code, _, _ = rrvideo(
-        "ask", clip, QUESTION, "--model", model, *sampling, *memory, "--attention", "full", "--tau", 0.8
-    )
+    (tmp_path / "weights.json").write_text(json.dumps(weights))
+    rule = ("--attention", "full", "--tau", 0.8, "--rule", "fine", "--head-weights", tmp_path / "weights.json")
+    code, _, _ = rrvideo("ask", clip, QUESTION, "--model", model, *sampling, *memory, *rule)
 
     assert code == 0
-    assert (loaded["attention"], loaded["config"].tau) == ("full", 0.8)
+    assert loaded["attention"] == "full"
+    assert loaded["config"] == replace(RRConfig.fine(0.8), head_weights=weights)
     assert (loaded["device"], loaded["dtype"]) == ("cpu", "float16")
     del watched["progress"]
     assert watched == {
         "start": 1.0, "end": 4.5, "fps": 2.0, "max_frames": 4, "sampling": "keyframes", "reader": "pyav",
         "fit": True, "cache": "offload",
     }  # fmt: skip
+
+
+def test_weights_of_another_model_are_refused(rrvideo, model, clip, weights, tmp_path):
+    (tmp_path / "weights.json").write_text(json.dumps(weights[1:]))
+    code, out, err = rrvideo("ask", clip, QUESTION, "--model", model, "--head-weights", tmp_path / "weights.json")
+
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith(f"rrvideo: {model} cannot attend so: head_weights must be those of this ")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read: No such file"),
+        ("heads", "is not what rrvideo bench calibrate writes: Expecting value"),
+        ("null", "is not what rrvideo bench calibrate writes: head_weights must be positive"),
+        ("[[1, 2], [3]]", "rows of different lengths"),
+        ("[[1, -2]]", "-2.0 among them"),
+        ('{"heads": 1}', "is not what rrvideo bench calibrate writes: could not convert"),
+    ],
+)
+def test_a_file_without_weights_of_heads_is_wrong_usage(rrvideo, clip, tmp_path, content, told):
+    file = tmp_path / "weights.json"
+    if content is not None:
+        file.write_text(content)
+    code, out, err = rrvideo("ask", clip, QUESTION, "--head-weights", file)
+
+    assert (code, out) == (2, "")
+    assert f"argument --head-weights: {file}" in err
+    assert told in err
+
+
+def test_every_rule_that_can_be_chosen_is_one_of_rrattentions():
+    assert set(options.RULES) == set(RULES)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +308,7 @@ def test_debugging_shows_the_traceback_of_a_known_failure(rrvideo, monkeypatch):
         (["ask", "clip.mp4", QUESTION, "--max-new-tokens", "many"], "must be a whole number above 0, got 'many'"),
         (["ask", "clip.mp4", QUESTION, "--tau", "1.5"], "above 0, and 1 at most, got '1.5'"),
         (["ask", "clip.mp4", QUESTION, "--attention", "some"], "invalid choice: 'some'"),
+        (["ask", "clip.mp4", QUESTION, "--rule", "coarse"], "invalid choice: 'coarse'"),
         (["scan", "clip.mp4"], "required: --ask"),
         (["scan", "clip.mp4", "--ask", "Is it red?"], "argument --ask: a question is NAME=KIND: QUESTION"),
         (["scan", "clip.mp4", *["--ask", "red=yes/no: Is it?"] * 2], "two answers are named red, red_probability"),

@@ -118,6 +118,23 @@ def test_other_depths_add_to_what_is_there_and_another_rule_does_not(qa, tmp_pat
         next(measure(other, more, tmp_path))
 
 
+def test_a_test_with_weights_of_heads_goes_on_and_other_weights_do_not(qa, tmp_path):
+    text = qa.checkpoint.model.config.get_text_config()
+    weights = [[1.5, *[0.9] * (text.num_attention_heads - 1)]] * text.num_hidden_layers
+    config = replace(settings(qa.checkpoint.model)[0], head_weights=weights)
+    weighted = qa.attending("rr", config)
+    list(measure(weighted, replace(SHORT, depths=(0.0,)), tmp_path))
+    assert {each.depth for each in measure(weighted, SHORT, tmp_path)} == {1.0}
+    with pytest.raises(RRVideoError, match=r"other settings: .*head_weights"):
+        next(
+            measure(
+                qa.attending("rr", replace(config, head_weights=[*weights[1:], weights[0][::-1]])),
+                SHORT,
+                tmp_path,
+            )
+        )
+
+
 def test_a_model_that_wants_large_frames_gets_them_and_as_many_tokens(qa, tmp_path):
     limits = replace(qa.checkpoint.limits, min_pixels=100 * 28 * 28, max_pixels=768 * 28 * 28)
     large = VideoQA(replace(qa.checkpoint, limits=limits))

@@ -9,11 +9,10 @@ from checkpoints import make_checkpoint
 from videomme import write_set
 
 from rrattention import RRConfig
-from rrattention import config as rules
 from rreval.data import load_set
 from rreval.journal import Journal, Record, begin_run, read_run
 from rreval.runner import deal, run, unanswered
-from rreval.settings import DEFAULTS, LABELS, PRESETS, RULES, RunSettings, choices_of, config_of
+from rreval.settings import DEFAULTS, LABELS, PRESETS, RunSettings, choices_of, config_of
 from rrvideo import VideoQA
 from rrvideo.errors import RRVideoError
 from rrvideo.pipeline import Video
@@ -253,10 +252,21 @@ def test_the_papers_preset_keeps_blocks_by_the_papers_rule():
     assert config_of(choices_of("rrattention-paper", {"rule": "default", "tau": 0.9})) == RRConfig(tau=0.9)
     assert config_of(choices_of(None, {"tau": 0.8})) == RRConfig(tau=0.8)
     assert config_of(choices_of(None, {"rule": "fine", "tau": 0.8})) == RRConfig.fine(0.8)
+    weighted = config_of(choices_of(None, {"rule": "fine", "head_weights": ((0.5, 1.5),)}))
+    assert weighted == replace(RRConfig.fine(), head_weights=((0.5, 1.5),))
 
 
-def test_every_rule_that_can_be_chosen_is_one_of_rrattentions():
-    assert set(RULES) == set(rules.RULES)
+def test_a_run_records_which_weights_of_heads_it_had_by_a_digest(qa, items):
+    text = qa.checkpoint.model.config.get_text_config()
+    weights = [[1.5, *[0.9] * (text.num_attention_heads - 1)]] * text.num_hidden_layers
+    found = [
+        settled(qa.attending("rr", RRConfig(head_weights=each)), items).to_dict()["rrattention"]
+        for each in (weights, weights, [*weights[1:], weights[0][::-1]], None)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert len(found[0]["head_weights"]) == len(found[2]["head_weights"]) == 16
+    assert "head_weights" not in found[3]
+    assert "tau" not in found[0]
 
 
 def test_a_reader_that_is_not_installed_is_told_before_the_run(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,6 +209,21 @@ def test_the_same_model_loaded_in_another_way_is_refused(folder, saved, changes,
 
     with pytest.raises(ModelError, match=message):
         other.open(saved)
+
+
+def test_weights_of_heads_are_asked_for_without_a_list_of_them(qa, clip, tmp_path):
+    text = qa.checkpoint.model.config.get_text_config()
+    weights = [[1.5, *[0.9] * (text.num_attention_heads - 1)]] * text.num_hidden_layers
+    weighted = qa.attending("rr", replace(SPARSE, head_weights=weights))
+    with weighted.watch(clip) as video:
+        video.save(tmp_path / "weighted")
+    weighted.open(tmp_path / "weighted").close()
+
+    with pytest.raises(
+        ModelError, match=r"'tau': 0\.5.*\}\), and the head_weights that it was watched with"
+    ) as refused:
+        qa.open(tmp_path / "weighted")
+    assert "0.9" not in str(refused.value)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.9999])

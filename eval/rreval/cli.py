@@ -316,7 +316,7 @@ def _needle(arguments: argparse.Namespace) -> int:
         status.show("hiding needles", f"{done} of {total} videos watched")
 
     try:
-        choices = {**DEFAULTS, "attention": "rr", "rule": arguments.rule}
+        choices = {**DEFAULTS, "attention": "rr", "rule": arguments.rule, "head_weights": arguments.head_weights}
         qa = _load(arguments, choices, Processes(), status)
         given = {field.name: getattr(arguments, field.name) for field in fields(NeedleTest) if field.name in arguments}
         for _ in measure(qa, NeedleTest(**given), arguments.out, progress=progress):

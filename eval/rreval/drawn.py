@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rreval.options import RULE
-from rreval.settings import RULES
 from rrvideo import options
 
 __all__ = ["add_needle", "add_world"]
@@ -37,7 +35,8 @@ def add_needle(commands: Any) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="for each length and depth (default: 2)",
     )
-    needle.add_argument("--rule", choices=RULES, default="default", help=RULE)
+    needle.add_argument("--rule", choices=options.RULES, default="default", help=options.RULE)
+    needle.add_argument("--head-weights", metavar="FILE", type=options.head_weights, help=options.HEAD_WEIGHTS)
     options.add_model(needle)
     needle.add_argument("--device-map", metavar="MAP", help="auto: spread a large model over all GPUs of the machine")
     needle.add_argument("--json", action="store_true", help="print one JSON document")

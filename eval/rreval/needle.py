@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rreval.journal import begin_run
 from rreval.letters import parse_letter
-from rreval.settings import LABELS, versions
+from rreval.settings import LABELS, rule_of, versions
 from rrvideo.budget import ROOM, extent
 from rrvideo.errors import BudgetError, RRVideoError
 from rrvideo.pipeline import VideoQA
@@ -252,7 +252,6 @@ def _settings(eyes: _Eyes, config: RRConfig) -> dict[str, Any]:
     from rrvideo.store import checkpoint_digest
 
     checkpoint = eyes.qa.checkpoint
-    rule = {name: value for name, value in asdict(config).items() if name != "tau"}
     return {
         "test": "needle",
         "model": checkpoint.name,
@@ -260,7 +259,7 @@ def _settings(eyes: _Eyes, config: RRConfig) -> dict[str, Any]:
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "width": eyes.width,
         "height": eyes.height,
-        "rrattention": rule,
+        "rrattention": rule_of(config),
         "versions": versions(),
     }
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rreval.settings import PRESETS, RULES
+from rreval.settings import PRESETS
 from rrvideo import options
 
-__all__ = ["RULE", "add_set", "add_settings"]
-
-RULE = "which blocks RRAttention keeps: by its own default rule, the paper's, or a finer one (default: default)"
+__all__ = ["add_set", "add_settings"]
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +43,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
     add("--attention", "RRAttention, or full attention (default: rr)", choices=("rr", "full"))
     add("--tau", "the share of attention that RRAttention keeps (default: 0.95)", metavar="SHARE", type=options.share)
-    add("--rule", RULE, choices=RULES)
+    add("--rule", options.RULE, choices=options.RULES)
+    add("--head-weights", options.HEAD_WEIGHTS, metavar="FILE", type=options.head_weights)
     add("--fps", "frames a second (default: 1)", metavar="F", type=options.positive)
     add("--max-frames", "frames at most (default: 768)", metavar="N", type=options.count)
     add("--sampling", "evenly spread frames, or keyframes (default: uniform)", choices=("uniform", "keyframes"))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rreval.data import VideoItem, digest
 from rrvideo.errors import RRVideoError
+from rrvideo.options import rr_config
 
 if TYPE_CHECKING:
     from rrattention import RRConfig
     from rrvideo.pipeline import VideoQA
 
-__all__ = ["DEFAULTS", "LABELS", "PRESETS", "RULES", "Preset", "RunSettings", "choices_of", "config_of", "versions"]
+__all__ = ["DEFAULTS", "LABELS", "PRESETS", "Preset", "RunSettings", "choices_of", "config_of", "rule_of", "versions"]
 
 TOKEN = 28 * 28  # pixels of a visual token of Qwen2-VL and Qwen2.5-VL, in each of the two frames that it stands for
 
@@ -25,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "attention": "rr",
     "tau": 0.95,
     "rule": "default",
+    "head_weights": None,
     "fps": 1.0,
     "max_frames": 768,
     "sampling": "uniform",
@@ -37,7 +41,6 @@ DEFAULTS: dict[str, Any] = {
     "subtitles": False,
     "max_new_tokens": 128,
 }
-RULES = ("default", "paper", "fine")  # by which blocks are kept: those of rrattention, which would import torch
 PIXELS = ("min_pixels", "max_pixels", "total_pixels")
 # Settings that only name things: two runs that differ in nothing else are one.
 LABELS = ("preset", "model", "dataset", "versions")
@@ -94,9 +97,15 @@ def choices_of(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_of(choices: Mapping[str, Any]) -> RRConfig:
     """What RRAttention is to do by these choices."""
-    from rrattention import config
+    return rr_config(choices["rule"], choices["tau"], choices["head_weights"])
 
-    return config.RULES[choices["rule"]](tau=choices["tau"])
+
+def rule_of(config: RRConfig) -> dict[str, Any]:
+    """By which rule blocks are kept, as runs record it: all but tau, and for the weights of heads a digest of them."""
+    rule = {name: value for name, value in config.to_dict().items() if name != "tau"}
+    if weights := rule.get("head_weights"):
+        rule["head_weights"] = sha256(json.dumps(weights).encode()).hexdigest()[:16]
+    return rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +152,7 @@ class RunSettings:
         `model`, `dataset` and `preset` are what the user calls them. Raises `RRVideoError`
         if the limits of pixels contradict each other.
         """
+        from rrattention.transformers import settings
         from rrvideo.store import checkpoint_digest
 
         checkpoint = qa.checkpoint
@@ -151,8 +161,8 @@ class RunSettings:
             limits = replace(checkpoint.limits, **pixels)
         except ValueError as error:
             raise RRVideoError(f"pixel limits: {error}", "give --min-pixels and --max-pixels together") from error
-        attention = checkpoint.model.config.get_text_config().rrattention
-        sparse = dict(attention["config"]) if attention["attention"] == "rr" else {}
+        config, attention = settings(checkpoint.model)
+        sparse = attention == "rr"
         timestamps = choices["timestamps"]
         plain = ("fps", "max_frames", "sampling", "fit", "reader", "subtitles", "max_new_tokens")
         return cls(
@@ -160,9 +170,9 @@ class RunSettings:
             model=model,
             checkpoint=checkpoint_digest(checkpoint.folder)[:16],
             dtype=str(checkpoint.dtype).removeprefix("torch."),
-            attention=attention["attention"],
-            tau=sparse.pop("tau", None),
-            rrattention=sparse,
+            attention=attention,
+            tau=config.tau if sparse else None,
+            rrattention=rule_of(config) if sparse else {},
             timestamps=not checkpoint.family.tells_time if timestamps is None else timestamps,
             min_pixels=limits.min_pixels,
             max_pixels=limits.max_pixels,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,12 @@ class RRConfig:
         To score them takes four times as long: at equal loss a call is hardly ever faster than by the default.
         """
         return cls(block_size=64, stride=4, tau=tau, counted="all")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them, so that what was saved equals what is set; weights where there are some."""
+        fields = asdict(self)
+        weights = fields.pop("head_weights")
+        return fields | ({"head_weights": [list(row) for row in weights]} if weights else {})
 
     def sparse(self, tokens: int, device: torch.device) -> bool:
         """Whether a prefill of so many tokens is long enough for `device` to gain by leaving out blocks."""

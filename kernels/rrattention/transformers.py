@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -81,7 +80,7 @@ def enable(model: PreTrainedModel, config: RRConfig | None = None, attention: At
     _set_implementation(model, NAME)
     if text_config._attn_implementation != NAME:
         raise ValueError(f"model must have a text decoder that takes an attention implementation, got {type(model)}")
-    text_config.rrattention = {"attention": attention, "config": _plain(config)}
+    text_config.rrattention = {"attention": attention, "config": config.to_dict()}
 
 
 @contextmanager
@@ -254,13 +253,6 @@ def _record_dense(
     stats = grid.dense_stats(query.shape[1])
     for prefill in _RECORDS.get():
         prefill.add(module.layer_idx, stats)
-
-
-def _plain(config: RRConfig) -> dict[str, Any]:
-    """The fields as JSON has them, so that what was saved equals what is set; weights only where there are some."""
-    fields = asdict(config)
-    weights = fields.pop("head_weights")
-    return fields | ({"head_weights": [list(row) for row in weights]} if weights else {})
 
 
 def _stored(text_config: Any, layer: int | None = None) -> tuple[RRConfig, Attention]:
