@@ -41,7 +41,8 @@ def calibrate(
 
     readings: each reads something like what the model is for, without a cache or padding, and returns its logits
         [..., tokens, vocabulary] with their gradients. Sixteen of 2,048 tokens will do.
-    config: what leaves out the blocks, by default at a tau of 0.8, which leaves out many.
+    config: what leaves out the blocks, by default `RRConfig(tau=0.8)`, which leaves out many. Best is the rule that
+        the weights are for, at a tau near those that it is to have: README.md has figures.
     draws: predictions drawn from each reading: for each the gradients are computed once more.
 
     In a layer, a head's weight is the fourth root of its harm over the squared mass that it leaves out; between layers,

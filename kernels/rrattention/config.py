@@ -88,7 +88,7 @@ class RRConfig:
         return cls(block_size=64, stride=4, tau=tau, counted="all")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON has them, so that what was saved equals what is set; weights where there are some."""
+        """Return the fields as JSON has them, equal to what was saved; weights only where there are some."""
         fields = asdict(self)
         weights = fields.pop("head_weights")
         return fields | ({"head_weights": [list(row) for row in weights]} if weights else {})
