@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +13,7 @@ from checkpoints import CORPUS, make_checkpoint
 from transformers import AutoTokenizer
 
 from rrattention import BlockGrid, RRConfig, dense_attention, estimate
+from rrvideo import VideoQA, cli
 
 
 def test_block_mass_is_what_sampling_every_query_and_pooling_nothing_gives():
@@ -251,6 +252,44 @@ def test_quality_on_videos_counts_the_tokens_of_the_answers(run_script):
     assert code == 0 and summary["green"] and "1 videos of our world" in summary["inputs"]
     assert 0 < row["density"] < 1 and 0 < row["loss density"] < 1
     assert math.isfinite(row["loss"]) and math.isfinite(summary["dense loss"]) and row["loss"] != summary["dense loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "clips"),
+    [
+        (["--seconds", 8, "--excerpts", 3], [(0, 8), (26, 34), (52, 60)]),
+        (["--seconds", 8], [(0, 8)]),
+        (["--seconds", 600, "--excerpts", 3], [(0, None)]),
+        ([], [(0, None)]),
+    ],
+)
+def test_excerpts_of_a_video_are_spread_over_it_and_each_is_asked_for_itself(monkeypatch, options, clips):
+    models, question, sample = room("models"), "What appears first?", cli.SAMPLE
+    monkeypatch.setattr(models, "DESCRIBE", question)
+    parser = ArgumentParser()
+    models.add_model_arguments(parser)
+    given = ["--model", "tiny", "--video", sample, "--device", "cpu", *options]
+    task = models.load_task(parser.parse_args([str(each) for each in given]), torch.float32)
+
+    qa = VideoQA.load("tiny", device="cpu")
+    videos = [qa.watch(sample, start=start, end=end) for start, end in clips]
+    answers = [video.ask(question).text for video in videos]
+    assert len(set(answers)) == len(answers) == len(task.readings)
+    for read, answer in zip(task.readings, answers, strict=True):
+        logits, right = read()
+        assert qa.checkpoint.tokenizer.decode(right, skip_special_tokens=True) == answer
+        assert torch.equal(logits.argmax(dim=-1), right)
+
+
+def test_a_calibration_without_room_says_what_to_do(monkeypatch, capsys):
+    def none_left(*_, **__):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr("rrattention.calibration.calibrate", none_left)
+    options = ["--model", "tiny", "--video", str(cli.SAMPLE), "--write", "weights.json"]
+    monkeypatch.setattr("sys.argv", ["calibrate.py", *options])
+    assert room("calibrate").main() == 1
+    assert "read shorter excerpts (--tokens, --seconds). Tried to allocate 9 GiB." in capsys.readouterr().err
 
 
 def test_losses_are_compared_at_the_densities_of_the_runs_that_they_come_from():

@@ -1,11 +1,12 @@
 """Find out what each head of a model weighs, once for a checkpoint: `RRConfig.head_weights`, written as JSON.
 
     python kernels/benchmarks/calibrate.py --model PATH --text FILE FILE --tokens 2048 --excerpts 4 --write weights.json
-    python kernels/benchmarks/calibrate.py --model PATH --video FILE --write weights.json
+    python kernels/benchmarks/calibrate.py --model PATH --video FILE --seconds 20 --excerpts 16 --write weights.json
 
     RRConfig(head_weights=json.loads(Path("weights.json").read_text()))
 
-Read something like what the model is for. The last line is one JSON document.
+Read something like what the model is for, in excerpts of some thousands of tokens: memory is that of training on one.
+The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def main() -> int:
 
     began = time.perf_counter()
     readings = [lambda read=read: read()[0] for read in task.readings]
-    weights = calibrate(task.model, readings, RULES[arguments.rule](tau=arguments.tau), draws=arguments.draws)
+    try:
+        weights = calibrate(task.model, readings, RULES[arguments.rule](tau=arguments.tau), draws=arguments.draws)
+    except torch.OutOfMemoryError as error:
+        print(f"No room for the gradients: read shorter excerpts (--tokens, --seconds). {error}", file=sys.stderr)
+        return 1
     seconds = time.perf_counter() - began
     for layer, row in enumerate(weights):
         print(f"layer {layer:2}  " + "  ".join(f"{weight:5.2f}" for weight in row))

@@ -16,7 +16,7 @@ from inspect import unwrap
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from inputs import Inputs
@@ -25,9 +25,14 @@ from torch.nn.functional import cross_entropy
 
 from rrattention import dense_attention
 
+if TYPE_CHECKING:
+    from rrvideo import VideoQA
+    from rrvideo.video import SamplePlan
+
 ATTENTION = "rrattention-benchmark"  # the name under which a function is put into a model
 FRAMES = 32  # of a video that are encoded at a time
 QUESTIONS = 12  # about each video of the embedded model's world
+DESCRIBE = "Describe the video."
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 Reading = Callable[[], tuple[Tensor, Tensor]]  # logits [tokens, vocabulary], and which tokens were right
@@ -100,9 +105,10 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     """Add the options that `load_task` reads."""
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint, or 'tiny', the embedded model")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="what the model reads")
-    parser.add_argument("--excerpts", type=int, default=1, help="that are taken from each text, far from each other")
+    parser.add_argument("--excerpts", type=int, default=1, help="that are taken of what is read, spread evenly")
     parser.add_argument("--video", type=Path, metavar="FILE", help="what a Qwen2-VL model watches")
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second of --video (default: 1)")
+    parser.add_argument("--seconds", type=float, help="that an excerpt of --video lasts (default: all of it)")
     parser.add_argument(
         "--ask",
         nargs=2,
@@ -163,29 +169,49 @@ def _video_task(path: str | Path, arguments: Namespace, dtype: torch.dtype) -> T
     from rrvideo import VideoQA
 
     qa = VideoQA.load(path, attention="full", device=arguments.device, dtype=dtype)
-    watched: list[_Watched] = []
     if arguments.video is not None:
-        asked = arguments.ask
-        if asked is None:
-            question = "Describe the video."
-            with qa.watch(arguments.video, fps=arguments.fps) as video:
-                asked = [(question, video.ask(question, max_new_tokens=64).text)]
-        watched.append(_Watched.of(qa.checkpoint, arguments.video, arguments.fps, lambda _: asked))
-        shown = arguments.video.name
+        watched = [_watch_excerpt(qa, arguments, *times) for times in _excerpts(arguments)]
+        shown = arguments.video.name + (f", {len(watched)} excerpts" if len(watched) > 1 else "")
     else:
         with tempfile.TemporaryDirectory() as folder:
-            for seed in range(arguments.world):
-                watched.append(_watch_world(qa.checkpoint, seed, arguments.world_seconds, Path(folder) / f"{seed}.mp4"))
+            paths = [Path(folder) / f"{seed}.mp4" for seed in range(arguments.world)]
+            watched = [_watch_world(qa, seed, arguments.world_seconds, path) for seed, path in enumerate(paths)]
         shown = f"{arguments.world} videos of our world"
     sizes = sorted(video.embeddings.shape[1] for video in watched)
     name = f"{Path(arguments.model).name} on {shown}, {sizes[0]} to {sizes[-1]} tokens"
     return Task(name, qa.checkpoint.model, [video.read for video in watched])
 
 
-def _watch_world(checkpoint: Any, seed: int, seconds: float, path: Path) -> _Watched:
+def _excerpts(arguments: Namespace) -> list[tuple[float, float | None]]:
+    """Where the excerpts of the video begin and end, in seconds: spread evenly, or all of it."""
+    from rrvideo.video import probe
+
+    seconds, duration = arguments.seconds, probe(arguments.video).duration
+    if seconds is None or seconds >= duration:
+        return [(0.0, None)]
+    count = arguments.excerpts
+    starts = [(duration - seconds) * number / max(1, count - 1) for number in range(count)]
+    return [(start, start + seconds) for start in starts]
+
+
+def _watch_excerpt(qa: VideoQA, arguments: Namespace, start: float, end: float | None) -> _Watched:
+    """Watch a part of the video, and ask what was given, or for what the model itself says of it."""
+    from rrvideo.video import plan_samples
+
+    clip = {"fps": arguments.fps, "start": start, "end": end}
+    asked = arguments.ask
+    if asked is None:
+        with qa.watch(arguments.video, **clip) as video:
+            asked = [(DESCRIBE, video.ask(DESCRIBE, max_new_tokens=64).text)]
+    plan = plan_samples(arguments.video, **clip, limits=qa.checkpoint.limits)
+    return _Watched.of(qa.checkpoint, plan, lambda _: asked)
+
+
+def _watch_world(qa: VideoQA, seed: int, seconds: float, path: Path) -> _Watched:
     """Write a video of the embedded model's world to `path`, and ask what can be asked of it."""
     from rrvideo.tiny.drawing import write_video
     from rrvideo.tiny.world import MAX_SCENES, draw_world, questions
+    from rrvideo.video import plan_samples
 
     random = Random(f"quality {seed}")
     world = draw_world(random, seconds, max(1, min(MAX_SCENES, int(seconds / 8))))
@@ -196,7 +222,7 @@ def _watch_world(checkpoint: Any, seed: int, seconds: float, path: Path) -> _Wat
         chosen = random.sample(possible, min(QUESTIONS, len(possible)))
         return [(question.text, question.answer) for question in chosen]
 
-    return _Watched.of(checkpoint, path, 1.0, ask)
+    return _Watched.of(qa.checkpoint, plan_samples(path, limits=qa.checkpoint.limits), ask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,14 +236,13 @@ class _Watched:
 
     @classmethod
     def of(
-        cls, checkpoint: Any, path: Path, fps: float, ask: Callable[[Sequence[float]], Sequence[tuple[str, str]]]
+        cls, checkpoint: Any, plan: SamplePlan, ask: Callable[[Sequence[float]], Sequence[tuple[str, str]]]
     ) -> _Watched:
         import numpy as np
 
         from rrvideo.tokens import patchify
-        from rrvideo.video import plan_samples, read_frames
+        from rrvideo.video import read_frames
 
-        plan = plan_samples(path, fps=fps, limits=checkpoint.limits)
         frames, times, features = iter(read_frames(plan)), [], []
         while chunk := list(islice(frames, FRAMES)):
             times += [frame.time for frame in chunk]
