@@ -165,6 +165,26 @@ def test_views_with_any_strides_give_the_same_result():
     assert torch.equal(rr_attention(*strided, config=SMALL), rr_attention(q, k, v, config=SMALL))
 
 
+def test_a_sparse_call_says_that_it_has_no_gradients_and_the_reference_and_dense_calls_have_them():
+    q, k, v = make_qkv(70, 70)
+    expected = rr_attention(q, k, v, config=SMALL)
+    q.requires_grad_()
+    selection = rrattention.select(rrattention.estimate(q, k, config=SMALL), 70, 70, config=SMALL)
+    for call in (
+        lambda: rrattention.rr_attention(q, k, v, config=SMALL),
+        lambda: rrattention.attend(q, k, v, selection, skipped=SMALL.skipped),
+    ):
+        torch.testing.assert_close(out := call(), expected)
+        with pytest.raises(RuntimeError, match="block-sparse attention has no gradients: train with dense attention"):
+            out.sum().backward()
+        with torch.no_grad():
+            assert not call().requires_grad
+    for options in ({"config": SMALL, "backend": "reference"}, {"config": replace(SMALL, min_tokens=71)}):
+        q.grad = None
+        rrattention.rr_attention(q, k, v, **options).square().sum().backward()
+        assert q.grad.abs().sum() > 0
+
+
 def test_scale_acts_on_the_scores_and_on_the_output():
     q, k, v = make_qkv(70, 70)
     scaled = rr_attention(q, k, v, config=SMALL, scale=0.1)

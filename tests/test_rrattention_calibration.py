@@ -13,6 +13,7 @@ from rrattention.calibration import calibrate
 from rrattention.transformers import attending_fully, enable, observe, record, settings
 
 CONFIG = replace(SPARSE, tau=0.9)
+WINDOW = {"use_sliding_window": True, "sliding_window": 40}
 IDS = [make_ids(200, seed=seed) for seed in range(3)]
 
 
@@ -104,6 +105,17 @@ def test_each_layer_keeps_blocks_by_its_own_row_of_weights(llama):
     assert prefill.layers[1] > 0.95
 
 
+def test_layers_with_a_window_weigh_nothing_of_their_own_and_say_nothing_of_the_others(llama):
+    windowed = make_model(
+        "Qwen2", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, **WINDOW
+    )
+    first, second, third, fourth = calibrate(windowed, reads(windowed), CONFIG)
+    assert first == third == (1.0,) * 4
+    assert len({*second, *fourth}) > 4 and 0.1 < min(second + fourth) < max(second + fourth) < 5
+    assert sum(second + fourth) == pytest.approx(8, rel=1e-2)
+    enable(windowed, replace(CONFIG, head_weights=(first, second, third, fourth)))
+
+
 def test_weights_are_saved_with_the_model(llama, tmp_path):
     model = copy.deepcopy(llama)
     config = replace(SPARSE, head_weights=((1.0, 0.5, 2.0, 1.0), (0.25, 1.0, 1.0, 1.0)))
@@ -122,8 +134,10 @@ def test_weights_of_another_model_are_refused(llama, shape):
 
 
 def test_too_little_to_read_is_told(llama):
-    with pytest.raises(ValueError, match="there were none"):
+    with pytest.raises(ValueError, match="and none was"):
         calibrate(llama, [])
+    with pytest.raises(ValueError, match="long enough to leave out blocks of 16"):
+        calibrate(llama, [partial(logits, llama, IDS[0][:, :16])], CONFIG)
     with pytest.raises(ValueError, match="that gradients flow through"):
         calibrate(llama, [torch.no_grad()(reads(llama)[0])])
     with pytest.raises(ValueError, match="long enough to leave out blocks of 16"):

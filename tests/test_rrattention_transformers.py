@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 import transformers
-from decoders import EXACT, SPARSE, close, differ, logits_with, make_ids, make_model, make_qwen2_vl, video_inputs
+from decoders import (
+    EXACT,
+    SPARSE,
+    close,
+    differ,
+    logits_with,
+    make_ids,
+    make_model,
+    make_qwen2_vl,
+    randomize,
+    video_inputs,
+)
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
@@ -219,6 +230,40 @@ def test_what_no_path_can_honour_is_an_error_and_never_a_wrong_answer(llama):
         model.train()(make_ids(40))
 
 
+def test_autocast_is_as_near_to_float32_as_it_is_with_sdpa(llama):
+    ids = make_ids(150)
+    exact = {config: logits_with(llama, config, input_ids=ids) for config in ("sdpa", SPARSE)}
+    with torch.autocast("cpu", torch.bfloat16):
+        near = {config: logits_with(llama, config, input_ids=ids) for config in ("sdpa", EXACT, SPARSE)}
+    error = (near["sdpa"] - exact["sdpa"]).abs().mean()
+    assert 0 < (near[EXACT] - exact["sdpa"]).abs().mean() < 1.5 * error
+    assert 0 < (near[SPARSE] - exact[SPARSE]).abs().mean() < 3 * error, "blocks may change, too"
+
+
+def test_training_says_that_it_must_be_dense(llama):
+    ids, weight = make_ids(150), "model.layers.0.self_attn.q_proj.weight"
+    gradients = []
+    for implementation in ("full", "sdpa"):
+        model = copy.deepcopy(llama).requires_grad_(True).train()
+        enable(model, SPARSE, "full") if implementation == "full" else model.set_attn_implementation("sdpa")
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.get_parameter(weight).grad)
+    close(*gradients)
+    enable(model, SPARSE)
+    with pytest.raises(RuntimeError, match="no gradients: train with dense attention"):
+        model(ids, labels=ids).loss.backward()
+
+
+def test_a_vision_encoder_that_is_given_the_name_attends_as_ever():
+    register()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = randomize(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=4)))
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = model(pixels).last_hidden_state
+    model.set_attn_implementation(NAME)
+    close(model(pixels).last_hidden_state, expected)
+
+
 def test_a_bare_attn_implementation_uses_the_defaults(llama):
     register()
     model = copy.deepcopy(llama)
@@ -251,5 +296,7 @@ def test_enable_says_what_is_wrong(llama):
     bart = transformers.BartForConditionalGeneration(
         transformers.BartConfig(vocab_size=50, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **layers)
     )
-    with pytest.raises(ValueError, match="text decoder"):
-        enable(bart, SPARSE)
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
+    for other in (bart, mamba):
+        with pytest.raises(ValueError, match="text decoder"):
+            enable(other, SPARSE)

@@ -1,6 +1,7 @@
 """The Triton kernels of pool and estimate against the reference in float64."""
 
 from functools import cache
+from importlib import import_module
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from rrattention import BlockGrid, RRConfig, reference
 
 pytest.importorskip("triton")
 from rrattention.triton.estimate import estimate
+from rrattention.triton.launch import Launch
 from rrattention.triton.pool import pool
 
 pytestmark = [
@@ -33,6 +35,12 @@ SHAPES = [
 FULL_SHAPES = [(205, 205, None), (100, 237, None), (140, 236, (20, 136)), (65, 65, (65, 0))]
 CASES = [(*shape, True) for shape in SHAPES] + [(*shape, False) for shape in FULL_SHAPES]
 CASE_IDS = [f"Lq{lq}-Lk{lk}-start{start}-{'causal' if causal else 'full'}" for lq, lk, start, causal in CASES]
+
+
+@pytest.mark.parametrize("kernel", ["attend", "estimate", "means", "segments"])
+def test_narrow_heads_fill_the_least_tile_that_can_be_multiplied(kernel):
+    made = import_module(f"rrattention.triton.{kernel}").specialization(8, torch.float16, 128, 8, Launch(64, 64, 4, 2))
+    assert made.constants["TILE_D"] == 16
 
 
 def make_qk(query_length, key_length, target, *, heads=4, kv_heads=2, dim=64, kv_start=None):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -43,21 +44,23 @@ def rr_attention(
     backend: one of `BACKENDS`; "auto" takes Triton on a CUDA GPU, "cpu" on a CPU, and the reference elsewhere.
 
     Returns [batch, heads, Lq, D], and with `return_stats` also the `BlockStats` of the call. With fewer than
-    `config.min_tokens` keys the call is dense. ValueError names the argument that is wrong.
+    `config.min_tokens` keys the call is dense. Autocast changes no type in it. A sparse call has no gradients but by
+    the reference: backward raises RuntimeError. ValueError names the argument that is wrong.
     """
     _check_query_key(q, k)
     _check_value(k, v)
     stages, scale = _stages(backend, q), _scale(q, scale)
     grid = BlockGrid.of(q, q.shape[2], k.shape[2], config, causal=causal, kv_start=kv_start)
 
-    if not config.sparse(grid.key_length, q.device):
-        out = dense_attention(q, k, v, scale=scale, causal=causal, kv_start=kv_start)
-        stats = grid.dense_stats(q.shape[1])
-    else:
-        scores = stages.estimate(q, k, grid, stride=config.stride, scale=scale)
-        selection = stages.select(scores, grid, config, _head_weights(config, layer, scores))
-        out = stages.attend(q, k, v, selection, scale=scale, skipped=config.skipped)
-        stats = selection.stats()
+    with _own_types(q):
+        if not config.sparse(grid.key_length, q.device):
+            out = dense_attention(q, k, v, scale=scale, causal=causal, kv_start=kv_start)
+            stats = grid.dense_stats(q.shape[1])
+        else:
+            scores = stages.estimate(q, k, grid, stride=config.stride, scale=scale)
+            selection = stages.select(scores, grid, config, _head_weights(config, layer, scores))
+            out = stages.attend(q, k, v, selection, scale=scale, skipped=config.skipped)
+            out, stats = _without_gradients(out, q, k, v), selection.stats()
     return (out, stats) if return_stats else out
 
 
@@ -74,7 +77,8 @@ def estimate(
     """Return block scores, [batch, heads, query_blocks, key_blocks], for arguments as in `rr_attention`."""
     _check_query_key(q, k)
     grid = BlockGrid.of(q, q.shape[2], k.shape[2], config, causal=causal, kv_start=kv_start)
-    return _stages(backend, q).estimate(q, k, grid, stride=config.stride, scale=_scale(q, scale))
+    with _own_types(q):
+        return _stages(backend, q).estimate(q, k, grid, stride=config.stride, scale=_scale(q, scale))
 
 
 def select(
@@ -126,14 +130,17 @@ def attend(
         raise ValueError(f"selection must be for batch, heads and lengths {needed}, got one for {made_for}")
     if skipped not in get_args(Skipped):
         raise ValueError(f"skipped must be one of {', '.join(get_args(Skipped))}, got {skipped!r}")
-    return _stages(backend, q).attend(q, k, v, selection, scale=_scale(q, scale), skipped=skipped)
+    with _own_types(q):
+        out = _stages(backend, q).attend(q, k, v, selection, scale=_scale(q, scale), skipped=skipped)
+    return _without_gradients(out, q, k, v)
 
 
 def _stages(backend: str, like: Tensor) -> ModuleType:
     """Return the module that holds estimate, select and attend for `backend`; "auto" is the best for `like`."""
     if backend == "auto":
         backend = {"cuda": "triton", "cpu": "cpu"}.get(like.device.type, "reference")
-        if backend == "triton" and (like.dtype == torch.float64 or find_spec("triton") is None):
+        # torch calls AMD's GPUs "cuda", too: the launch table does not know them.
+        if backend == "triton" and (like.dtype == torch.float64 or torch.version.hip or find_spec("triton") is None):
             backend = "reference"
     match backend:
         case "triton":
@@ -150,6 +157,31 @@ def _stages(backend: str, like: Tensor) -> ModuleType:
             return reference
         case _:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def _own_types(like: Tensor) -> AbstractContextManager[Any]:
+    """Keep autocast, which would lower what is float32 on purpose, out of the `with`."""
+    kind = like.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def _without_gradients(out: Tensor, *inputs: Tensor) -> Tensor:
+    """Let backward say that there is no way back from `out`, where it would else leave gradients out in silence."""
+    if torch.is_grad_enabled() and not out.requires_grad and any(each.requires_grad for each in inputs):
+        out = _NoGradients.apply(out, *inputs)
+    return out
+
+
+class _NoGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("block-sparse attention has no gradients: train with dense attention")
 
 
 def _head_weights(config: RRConfig, layer: int, scores: Tensor) -> Tensor | None:

@@ -10,9 +10,9 @@ makes them (its Fisher information). One backward pass tells it for all heads of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from rrattention.transformers import attending_fully, observe
 
 __all__ = ["calibrate"]
 
+WHOLE = "full_attention"  # what transformers calls layers that see everything: those with windows are never sparse
 POWER = 0.25  # of a harm; README.md has others
 RANGE = 1000.0  # how far a harm may be from the median one: what is farther was seen too seldom
 
@@ -37,7 +38,7 @@ def calibrate(
     draws: int = 4,
     seed: int = 0,
 ) -> tuple[tuple[float, ...], ...]:
-    """Return `RRConfig.head_weights` for `model`: for each layer, the weight of each query head.
+    """Return `RRConfig.head_weights` for `model`: the weight of each query head of each layer, 1 where none is sparse.
 
     readings: each reads something like what the model is for, without a cache or padding, and returns its logits
         [..., tokens, vocabulary] with their gradients. Sixteen of 2,048 tokens will do.
@@ -51,12 +52,17 @@ def calibrate(
     through it, or it is so short that no block is left out.
     """
     config = replace(config or RRConfig(tau=0.8), head_weights=None, min_tokens=0)
+    text_config = model.config.get_text_config(decoder=True)
+    layers = text_config.num_hidden_layers
+    kinds = getattr(text_config, "layer_types", None) or [WHOLE] * layers
     found: dict[int, _Harm] = {}
     generator: torch.Generator | None = None
     with attending_fully(model, config), _frozen(model), torch.enable_grad():
         for read in readings:
-            with observe(_Probe(config, found)):
+            with observe(_Probe(config, kinds, found)) as probe:
                 likelihoods = read().float().flatten(0, -2).log_softmax(dim=-1)
+            if not probe.calls:
+                continue  # too short
             if not likelihoods.requires_grad:
                 raise ValueError(
                     "readings must be prefills of this model that gradients flow through, got one that is not"
@@ -65,14 +71,14 @@ def calibrate(
             for draw in range(draws):
                 drawn = torch.multinomial(likelihoods.detach().exp(), 1, generator=generator)
                 likelihoods.gather(1, drawn).sum().backward(retain_graph=draw + 1 < draws)
-    if not found:
-        raise ValueError("readings must be prefills of the model, and there were none")
-    harms = [harm for _, harm in sorted(found.items())]
-    if any(harm.saved == 0 for harm in harms):
+    if not found or any(harm.saved == 0 for harm in found.values()):
         raise ValueError(
-            f"readings must be long enough to leave out blocks of {config.block_size} tokens, and none was"
+            "readings must be prefills of this model, long enough to leave out blocks of "
+            f"{config.block_size} tokens, and none was"
         )
-    return _weights(harms)
+    weights = dict(zip(found, _weights(list(found.values())), strict=True))
+    alike = (1.0,) * text_config.num_attention_heads
+    return tuple(weights.get(layer, alike) for layer in range(layers))
 
 
 @dataclass(slots=True)
@@ -90,11 +96,14 @@ class _Probe:
     """An observer that attends densely, and learns from the gradients what the sparse output would do instead."""
 
     config: RRConfig
-    found: dict[int, _Harm] = field(default_factory=dict)
+    kinds: Sequence[str]  # of the layers
+    found: dict[int, _Harm]
+    calls: int = 0  # that it attended in
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
-        if query.shape[2] != key.shape[2] or query.shape[2] <= self.config.block_size:
+        if self.kinds[layer] != WHOLE or query.shape[2] != key.shape[2] or query.shape[2] <= self.config.block_size:
             return None
+        self.calls += 1
         out = dense_attention(query, key, value, scale=scale)
         with torch.no_grad():
             scores = estimate(query, key, config=self.config, scale=scale)
@@ -119,7 +128,7 @@ class _Probe:
 
 def _weights(harms: list[_Harm]) -> tuple[tuple[float, ...], ...]:
     within = torch.stack([_of_harms(harm.heads / harm.left_out.clamp(min=1e-6).square()) for harm in harms])
-    across = _of_harms(torch.stack([torch.as_tensor(harm.layer / harm.saved) for harm in harms]))
+    across = _of_harms(torch.tensor([float(harm.layer / harm.saved) for harm in harms]))
     weights = across[:, None] * within / within.mean(dim=1, keepdim=True)
     return tuple(tuple(float(f"{weight:.3g}") for weight in row) for row in (weights / weights.mean()).tolist())
 

@@ -189,7 +189,7 @@ def attend(
     groups = iter(order.split(min(LISTS_PER_STEP, len(order) // (4 * threads) + 1)) if len(order) else ())
 
     def work() -> None:
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):  # each thread has its own of these
+        with torch.inference_mode():  # each thread has its own mode
             buffers = _Buffers(size, dim, accumulate, device)
             for rows in groups:  # whichever are next: threads need not be equally fast
                 out.index_copy_(0, rows, attend_rows(rows, buffers).to(out.dtype))

@@ -18,6 +18,8 @@ def dense_attention(
     query [B, H, Lq, D], key and value [B, K, Lk, D], kv_start [B] as in `rr_attention`; returns [B, H, Lq, D], zeros in
     rows of padding.
     """
+    if scale <= 0:  # with which PyTorch's causal attention gives NaN on a CPU
+        query, scale = query * scale, 1.0
     (key_heads, key_length), query_length = key.shape[1:3], query.shape[2]
     group = query.shape[1] // key_heads
     if kv_start is None and (not causal or query_length in (1, key_length)):

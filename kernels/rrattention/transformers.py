@@ -62,20 +62,24 @@ def enable(model: PreTrainedModel, config: RRConfig | None = None, attention: At
     """Let the text part of `model` attend with RRAttention under `config`; other parts, such as vision, stay as is.
 
     `attention="full"` runs the same code with dense attention, so that `record` and `observe` work in both modes. The
-    settings are kept in the text part's config: they belong to this model and are saved and copied with it. Call it
-    again to change them, and `model.set_attn_implementation` to leave. ValueError: `attention` is neither, `model` has
-    no text decoder that takes an attention implementation, or the weights of heads are another model's.
+    settings are kept in the text part's config: they are saved and copied with it, and shared by models that share it.
+    Call it again to change them, or in a model that was saved and loaded, to which transformers gives an implementation
+    of its own; and `model.set_attn_implementation` to leave. ValueError: `attention` is neither, `model` has no text
+    decoder that takes an attention implementation, or the weights of heads are another model's.
     """
     if attention not in get_args(Attention):
         raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
     config = config or RRConfig()
     text_config = model.config.get_text_config(decoder=True)
-    size = text_config.num_hidden_layers, text_config.num_attention_heads
-    if (weights := config.head_weights) and (len(weights), len(weights[0])) != size:
-        raise ValueError(
-            f"head_weights must be those of this model, {size[0]} layers of {size[1]} heads, "
-            f"got {len(weights)} layers of {len(weights[0])}"
-        )
+    if not hasattr(text_config, "num_attention_heads"):
+        raise ValueError(f"model must have a text decoder with attention heads, got {type(model)}")
+    if weights := config.head_weights:
+        size = text_config.num_hidden_layers, text_config.num_attention_heads
+        if (len(weights), len(weights[0])) != size:
+            raise ValueError(
+                f"head_weights must be those of this model, {size[0]} layers of {size[1]} heads, "
+                f"got {len(weights)} layers of {len(weights[0])}"
+            )
     register()
     _set_implementation(model, NAME)
     if text_config._attn_implementation != NAME:
@@ -216,6 +220,11 @@ def _attention(
             raise ValueError(f"{NAME} cannot honour {name}, which {type(module).__name__} asks for")
     if dropout:
         raise ValueError(f"dropout must be 0 with {NAME}, which is for inference, got {dropout}")
+
+    if query.dtype != value.dtype:  # under autocast, rotary embeddings leave queries and keys in float32
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    if not hasattr(module, "layer_idx"):  # no layer of a decoder: vision, where the name was given to a whole model
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal)
 
     config, attention = _stored(module.config, module.layer_idx)
     if (part := _CHUNK.get()) is not None:

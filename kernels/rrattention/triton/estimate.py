@@ -184,7 +184,7 @@ def _constants(
         "HEAD_DIM": head_dim,
         "TILE_M": max(launch.tile_m, per_block),
         "TILE_N": max(launch.tile_n, per_block),
-        "TILE_D": triton.next_power_of_2(head_dim),
+        "TILE_D": max(16, triton.next_power_of_2(head_dim)),
         "CAUSAL": causal,
         "PADDED": padded,
     }
