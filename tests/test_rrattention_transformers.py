@@ -230,11 +230,12 @@ def test_what_no_path_can_honour_is_an_error_and_never_a_wrong_answer(llama):
         model.train()(make_ids(40))
 
 
-def test_autocast_is_as_near_to_float32_as_it_is_with_sdpa(llama):
-    ids = make_ids(150)
-    exact = {config: logits_with(llama, config, input_ids=ids) for config in ("sdpa", SPARSE)}
+@pytest.mark.parametrize("use_cache", [False, True])  # which makes values as wide as keys
+def test_autocast_is_as_near_to_float32_as_it_is_with_sdpa(llama, use_cache):
+    inputs = {"input_ids": make_ids(150), "use_cache": use_cache}
+    exact = {config: logits_with(llama, config, **inputs) for config in ("sdpa", SPARSE)}
     with torch.autocast("cpu", torch.bfloat16):
-        near = {config: logits_with(llama, config, input_ids=ids) for config in ("sdpa", EXACT, SPARSE)}
+        near = {config: logits_with(llama, config, **inputs) for config in ("sdpa", EXACT, SPARSE)}
     error = (near["sdpa"] - exact["sdpa"]).abs().mean()
     assert 0 < (near[EXACT] - exact["sdpa"]).abs().mean() < 1.5 * error
     assert 0 < (near[SPARSE] - exact[SPARSE]).abs().mean() < 3 * error, "blocks may change, too"

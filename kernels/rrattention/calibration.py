@@ -59,7 +59,8 @@ def calibrate(
     generator: torch.Generator | None = None
     with attending_fully(model, config), _frozen(model), torch.enable_grad():
         for read in readings:
-            with observe(_Probe(config, kinds, found)) as probe:
+            probe = _Probe(config, kinds, found)
+            with observe(probe):
                 likelihoods = read().float().flatten(0, -2).log_softmax(dim=-1)
             if not probe.calls:
                 continue  # too short
