@@ -148,6 +148,19 @@ def test_the_server_gives_nothing_away(chat, page):
     assert httpx.get(chat.url + page).status_code in (403, 404)
 
 
+@pytest.mark.parametrize("prefix", ["gradio_api/", ""])
+def test_no_program_is_started_on_what_somebody_sends_as_a_recording(chat, prefix, tmp_path, monkeypatch):
+    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    segment = {"remove_segment_start": "0", "remove_segment_end": "1"}
+    sent = {"video": ("a.mp4", SAMPLE.read_bytes(), "video/mp4")}
+
+    reply = httpx.post(f"{chat.url}{prefix}process_recording", files=sent, data=segment)
+    assert reply.status_code == 403
+    assert not (tmp_path / "started").exists()
+
+
 def test_the_page_counts_nobody_and_keeps_no_history(chat):
     config = httpx.get(chat.url + "config").json()
 
@@ -160,7 +173,8 @@ def test_an_upload_can_be_fetched_by_nobody_and_goes_when_its_owner_does(chat):
     client.predict(handle_file(SAMPLE), api_name="/watch")
     own = chat.visitors.session(client.session_hash).file.path
     (upload,) = (path for path in chat.folder.rglob("*.mp4") if path.samefile(own))
-    for address in (f"gradio_api/file={upload}", f"file={upload}"):
+    addresses = [f"{prefix}file{mark}{upload}" for prefix in ("gradio_api/", "") for mark in ("=", "/")]
+    for address in addresses:
         assert httpx.get(chat.url + address).status_code == 403
 
     chat.visitors.leave(client.session_hash)  # as when a tab is closed

@@ -215,12 +215,19 @@ def _head() -> str:
 
 
 def _routes(visitors: Visitors) -> list[Route]:
-    """Where files come from, before Gradio is asked, which would give an upload to whoever knows its path."""
-    no_file = [Route(f"{prefix}/file={{path:path}}", _no_file) for prefix in ("", "/gradio_api")]
-    return [Route("/video/{session_id}", partial(_video, visitors)), *no_file]
+    """Where files come from, before Gradio is asked.
+
+    It would give an upload to whoever knows its path, and have an ffmpeg open what anybody sends as a recording.
+    """
+    closed = [
+        Route(f"{prefix}/{path}", _closed, methods=["GET", "POST"])
+        for prefix in ("", "/gradio_api")
+        for path in ("file={path:path}", "file/{path:path}", "process_recording")
+    ]
+    return [Route("/video/{session_id}", partial(_video, visitors)), *closed]
 
 
-def _no_file(_: Request) -> Response:
+def _closed(_: Request) -> Response:
     return PlainTextResponse("Files are for those who have uploaded them.", status_code=403)
 
 
