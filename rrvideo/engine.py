@@ -189,8 +189,7 @@ def watch(
     cancel = cancel or Cancel()
     plan, stopwatch, step = stream.plan, _Stopwatch(progress), checkpoint.spec.temporal_patch_size
     size, ahead = (plan.height, plan.width), CHUNKS_AHEAD * chunk_frames(plan, step)
-    # A reader may take as long as the video plays between two frames: it has to decode what lies there.
-    patience = max(PATIENCE, *(after - before for before, after in pairwise(plan.times)), 0)
+    patience = max(PATIENCE, _longest_way(plan))  # a reader may take as long as what it has to decode plays
     planned = checkpoint.prefix(plan.times, size, timestamps=timestamps)
     kept = new_cache(checkpoint, len(planned), cache)
     prefill = _Prefill(checkpoint, kept, len(planned), cancel, stopwatch)
@@ -206,6 +205,14 @@ def watch(
         prefix = planned if tuple(times) == plan.times else checkpoint.prefix(times, size, timestamps=timestamps)
         prefill.finish(prefix)
     return Watched(checkpoint, prefix, len(times), recorded.density(), stopwatch.seconds, kept)
+
+
+def _longest_way(plan: SamplePlan) -> float:
+    """Seconds of video that a reader has to decode, at most, to get to the next frame, or to the first one."""
+    keyframes = plan.index.keyframes
+    before = keyframes[keyframes <= plan.indices[0]][-2:]  # the last may begin an open group, which needs another one
+    begin = plan.index.times[before[0]] if len(before) else 0.0
+    return float(max(after - before for before, after in pairwise((begin, *plan.times))))
 
 
 class _Prefill:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from clips import numbered_frames, write_video
 
 from rrattention import RRConfig, api
 from rrattention.transformers import record
@@ -16,7 +17,7 @@ from rrvideo import budget, engine, stages
 from rrvideo.errors import Cancelled, VideoError
 from rrvideo.model import Checkpoint, load
 from rrvideo.tokens import patchify
-from rrvideo.video import Frame, read_frames
+from rrvideo.video import Frame, plan_samples, read_frames
 
 QUESTION = "What colour is the circle?"
 BLOCK = 16
@@ -288,6 +289,17 @@ def test_an_error_in_any_thread_reaches_the_caller_as_it_is(sparse, clip, in_sma
 
     assert failure.value is error
     assert "break_here" in {frame.name for frame in traceback.extract_tb(failure.value.__traceback__)}
+
+
+@pytest.mark.parametrize(
+    ("gop", "start", "fps", "expected"),
+    [(999, 8.0, 2.0, 8.0), (999, 0.0, 2.0, 0.54), (24, 8.0, 2.0, 1.0), (24, 8.25, 2.0, 1.25), (24, 0.0, 0.2, 3.33)],
+)
+def test_a_reader_may_take_as_long_as_what_it_has_to_decode_plays(sparse, tmp_path, gop, start, fps, expected):
+    options = {"sc_threshold": "0", "bf": "0"}
+    path = write_video(tmp_path / "a.mp4", numbered_frames(240, width=84, height=56), gop=gop, options=options)
+    plan = plan_samples(path, fps=fps, start=start, limits=sparse.limits)
+    assert engine._longest_way(plan) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,7 @@ class Frames:
         steps = max(1, round(tokens / (height // 28 * (width // 28))))
         times = tuple(frame / 2 for frame in range(2 * steps))
         info = VideoInfo("generated", "none", "none", width, height, 0, float(steps), 2.0, 2 * steps, 1)
-        index: Any = None  # there is no file
+        index: Any = SimpleNamespace(keyframes=np.arange(1), times=np.zeros(1))  # there is no file
         self.plan = SamplePlan(
             info, tuple(range(2 * steps)), times, width, height, "uniform", 2.0, 0.0, float(steps), (), index
         )
