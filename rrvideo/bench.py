@@ -35,7 +35,8 @@ MINUTES = (2, 20)
 RATE = 25  # frames per second
 GOP = 250  # frames
 LOOP = 40  # seconds that are encoded; the files repeat them
-KERNELS = Path(__file__).parent.parent / "kernels" / "benchmarks"  # in the repository; a wheel does not hold them
+# Where the kernels' benchmarks are: in the repository, since a wheel does not hold them.
+KERNELS = [folder / "kernels" / "benchmarks" for folder in (Path(__file__).parent.parent, Path.cwd())]
 
 
 class Result(NamedTuple):
@@ -72,9 +73,11 @@ def main() -> None:
 
         sys.exit(bench_engine(rest))
     if arguments.command in ("prefill", "quality", "calibrate", "watch"):
-        script = KERNELS / f"{arguments.command}.py"
-        if not script.exists():
-            sys.exit(f"{script.name} comes with the repository and not with the package: run this from a checkout")
+        script = next(
+            (each for each in (folder / f"{arguments.command}.py" for folder in KERNELS) if each.exists()), None
+        )
+        if script is None:
+            sys.exit(f"{arguments.command} comes with the repository and not with the package: run this in a checkout")
         sys.exit(subprocess.run([sys.executable, script, *rest], check=False).returncode)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

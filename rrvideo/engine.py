@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rrvideo.budget import CHUNKS_AHEAD, ROOM, chunk_frames, chunk_tokens, extent
-from rrvideo.errors import BudgetError
+from rrvideo.errors import BudgetError, ModelError
 from rrvideo.model import Checkpoint
 from rrvideo.stages import Cancel, Stages
 from rrvideo.tokens import Prefix, patchify
@@ -146,15 +146,21 @@ class _Turn:
     positions: torch.Tensor  # [3, tokens]
 
     def forward(self, ids: torch.Tensor, *, last_only: bool = True) -> torch.Tensor:
-        """Append `ids` `[tokens]`; returns the logits of what follows each, or the last, `[tokens, vocabulary]`."""
+        """Append `ids` `[tokens]`; returns the logits of what follows each, or the last, `[tokens, vocabulary]`.
+
+        Raises `ModelError` where these are no numbers, which would else look like an answer.
+        """
         from rrattention.transformers import exact
 
         start = self.cache.get_seq_length() - self.seen
         positions = self.positions[:, None, start : start + len(ids)]
         with exact():  # a question may be longer than a block, but a sparse pass is for the video
-            return self.checkpoint.forward(
-                self.checkpoint.embed(ids)[None], positions, self.cache, last_only=last_only
-            )[0]
+            embedded = self.checkpoint.embed(ids)[None]
+            (logits,) = self.checkpoint.forward(embedded, positions, self.cache, last_only=last_only)
+        if logits.isnan().any():
+            kind = str(self.checkpoint.dtype).removeprefix("torch.")
+            raise ModelError(f"{self.checkpoint.name} gives no numbers in {kind}", "load it with another dtype")
+        return logits
 
 
 def new_cache(checkpoint: Checkpoint, tokens: int, cache: Literal["device", "offload"] = "device") -> PrefixCache:

@@ -116,6 +116,11 @@ class FrameIndex:
         """When frames are shown: seconds since the first one, float64 [frames]."""
         return _seconds(self.stamps[self.order], self.time_base)
 
+    @property
+    def rounding(self) -> float:
+        """Seconds by which the container may have rounded the times of frames."""
+        return min(0.0005, float(self.time_base) / 2)
+
     def starts(self, frames: Sequence[int]) -> np.ndarray:
         """The packets where decoding must start to get each of `frames`, int64 [frames]."""
         packets: np.ndarray = self.order.take(frames)

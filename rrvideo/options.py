@@ -175,7 +175,7 @@ def head_weights(name: str) -> tuple[tuple[float, ...], ...] | None:
         return RRConfig(head_weights=weights or ()).head_weights
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{name} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no text, no JSON, or other JSON
+    except (ValueError, RecursionError) as error:  # no text, no JSON, or other JSON
         raise argparse.ArgumentTypeError(f"{name} is not what rrvideo bench calibrate writes: {error}") from error
 
 

@@ -41,8 +41,7 @@ Value = bool | float | str | None
 NUMBER = re.compile(r"(?<![\w:.,])-?\d+(?:,\d{3})*(?:\.\d+)?(?![:.,]?\d)")  # not the parts of a time such as 0:42
 QUERY = re.compile(r"\s*([\w-]+)\s*=\s*([^:]+?)\s*:\s*(.*\S)\s*", re.DOTALL)
 OWN_COLUMNS = ("video", "start", "end", "warnings", "error", "scan")
-BORDER = 0.001  # seconds, by which a container may round the times of frames
-NO_MATTER = {"path", "start", "end", "progress", "cancel"}  # what a watch is told that does not change an answer
+NO_MATTER = {"path", "start", "end", "progress", "cancel", "cache"}  # what a watch is told that changes no answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +175,13 @@ class Scan(Iterator[Window]):
 
     def _look(self, start: float, end: float) -> Window:
         nothing = {query.name: Finding(None) for query in self.queries}
+        rounding = self._index.rounding
         try:
-            # A clip takes in the frame at its end, which here is the next window's.
-            with self._qa.watch(self._index, start=start, end=end - BORDER, **self._watch) as video:
+            # A clip takes in the frame at its end, which here is the next window's, as that takes what is rounded.
+            before = end - 2 * rounding - 1e-9
+            with self._qa.watch(self._index, start=start, end=before, **self._watch) as video:
                 # Where no frame begins, the picture that still stands, or the nearest keyframe, was watched.
-                if not any(start - BORDER <= time < end for time in video.plan.times):
+                if not any(start - rounding <= time < end - rounding for time in video.plan.times):
                     return Window(self.video, start, end, nothing, error="no frame lies in this window")
                 warnings = tuple(warning for warning in video.warnings if warning not in video.info.warnings)
                 return Window(self.video, start, end, self._ask(video), warnings)
@@ -220,6 +221,7 @@ def scan(
     error and no answers.
     Raises `VideoError` if the file is no video or ends before `start`.
     """
+    from rrattention.transformers import settings as attention_settings
     from rrvideo.store import FileMark, describe
 
     for name, value in (("every", every), ("window", window)):
@@ -235,12 +237,14 @@ def scan(
     if not queries:
         raise ValueError("a scan needs at least one question")
     check_columns(queries)
+    attention, _ = attention_settings(qa.checkpoint.model)
     watch_settings = inspect.signature(qa.watch).bind(path, **watch)
     watch_settings.apply_defaults()
     settings = {
         "model": {name: value for name, value in describe(qa.checkpoint).items() if name != "name"},
         "questions": [[query.name, query.text, query.kind] for query in queries],
-        "windows": [every, window, start, end, max_new_tokens],
+        "windows": [float(every), float(window), float(start or 0), None if end is None else float(end)],
+        "answers": [max_new_tokens, attention.least_tokens(qa.checkpoint.device)],
         "watch": {name: value for name, value in watch_settings.arguments.items() if name not in NO_MATTER},
     }
     index = frameindex.scan(path)
@@ -313,4 +317,5 @@ def _read(text: str, query: Query) -> Finding:
     if query.kind == "text":
         return Finding(text)
     found = NUMBER.search(text)
-    return Finding(float(found[0].replace(",", "")) if found else None)
+    number = float(found[0].replace(",", "")) if found else math.inf  # as also too many digits are
+    return Finding(number if math.isfinite(number) else None)

@@ -34,6 +34,13 @@ __all__ = ["FileMark", "Saved", "checkpoint_digest", "describe", "read", "save"]
 
 FORMAT = 3
 MIB = 2**20
+# The files, beside the weights, that a model is made from, and what turns text into tokens and pictures into pixels.
+DESCRIBING = {
+    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+}
 SAMPLE = 1024  # bytes of each weight tensor, which tell one checkpoint from another
 
 
@@ -163,7 +170,7 @@ def checkpoint_digest(folder: Path) -> str:
     """
     digest = sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in {".json", ".jinja", ".txt"}:
+        if file.name in DESCRIBING:
             digest.update(file.name.encode() + file.read_bytes())
         elif file.suffix == ".safetensors":
             with file.open("rb") as opened:

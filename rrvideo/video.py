@@ -255,10 +255,9 @@ def _clip(index: FrameIndex, start: float | None, end: float | None, warnings: l
 
 def _frames_within(index: FrameIndex, start: float, end: float) -> tuple[int, int]:
     """The first and the last frame of a clip; where no frame begins in it, the one that is on screen."""
-    slack = min(0.0005, float(index.time_base) / 2)  # by which a container may have rounded times
     times = index.times
-    first = int(np.searchsorted(times, start - slack))
-    last = int(np.searchsorted(times, end + slack, side="right")) - 1
+    first = int(np.searchsorted(times, start - index.rounding))
+    last = int(np.searchsorted(times, end + index.rounding, side="right")) - 1
     return min(first, last), last
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rrvideo.errors import RRVideoError
+from rrvideo.locking import lock
 
 __all__ = ["Journal", "Record", "Run", "begin_run", "merge", "read_run"]
 
@@ -85,7 +86,7 @@ class Journal:
         self.path = folder / f"answers-{rank}.jsonl"
         with _failures_told(self.path):
             self._file = self.path.open("a+b", buffering=0)
-            _lock(self._file.fileno(), self.path)
+            lock(self._file.fileno(), self.path)
             self._file.seek(0)
             content = self._file.read()
             whole = content.rfind(b"\n") + 1
@@ -231,21 +232,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """Keep a second process out for as long as the file is open, however this one ends."""
-    if os.name != "posix":
-        return
-    import fcntl
-
-    with suppress(OSError):  # of file systems that know no locks
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RRVideoError(
-                f"another process is writing to {path}", "wait until it ends, or name another folder"
-            ) from error
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from rreval.letters import parse_letter
 from rreval.settings import LABELS, rule_of, versions
 from rrvideo.budget import ROOM, extent
 from rrvideo.errors import BudgetError, RRVideoError
+from rrvideo.locking import only_writer
 from rrvideo.pipeline import VideoQA
 from rrvideo.tiny.drawing import write_video
 from rrvideo.tiny.world import Question, Scene, World, draw_world, multiple_choice
@@ -136,7 +137,7 @@ def measure(
     """Run what `folder` lacks of `test`; each trial is on the disk when it is yielded.
 
     `progress` is told how many trials are done, and of how many. Raises `BudgetError` if a length does not fit the
-    model, and `RRVideoError` if the folder was begun with another model, or cannot be written.
+    model, and `RRVideoError` if the folder was begun with another model, is in use, or cannot be written.
     """
     from rrattention.transformers import enable, settings
 
@@ -145,29 +146,30 @@ def measure(
     eyes = _Eyes.of(qa.checkpoint, test.lengths)
     begin_run(folder, _settings(eyes, config), labels=LABELS)
     journal = folder / TRIALS
-    done = {trial.key for trial in _repaired(journal)}
     planned = list(product(sorted(set(test.lengths)), sorted(set(test.depths)), range(test.videos)))
     count, total = 0, len(planned) * len(ways)
-    try:
-        for length, depth, video in planned:
-            rng = Random(f"needle {length} {depth} {video}")
-            world, needle = hide(rng, eyes.steps(length), depth)
-            asked = questions_about(needle, world, rng)
-            with TemporaryDirectory() as scratch:
-                path = Path(scratch, "needle.mp4")
-                for way, choice in ways.items():
-                    if (way, length, depth, video) not in done:
-                        if not path.exists():
-                            write_video(world, path, width=eyes.width, height=eyes.height, fps=FPS)
-                        enable(model, choice, attention="full" if way == FULL else "rr")
-                        trial = Trial(way, length, depth, video, **eyes.look(path, asked))
-                        _append(journal, trial)
-                        yield trial
-                    count += 1
-                    if progress:
-                        progress(count, total)
-    finally:
-        enable(model, config, attention=attention)
+    with only_writer(journal):
+        done = {trial.key for trial in _repaired(journal)}
+        try:
+            for length, depth, video in planned:
+                rng = Random(f"needle {length} {depth} {video}")
+                world, needle = hide(rng, eyes.steps(length), depth)
+                asked = questions_about(needle, world, rng)
+                with TemporaryDirectory() as scratch:
+                    path = Path(scratch, "needle.mp4")
+                    for way, choice in ways.items():
+                        if (way, length, depth, video) not in done:
+                            if not path.exists():
+                                write_video(world, path, width=eyes.width, height=eyes.height, fps=FPS)
+                            enable(model, choice, attention="full" if way == FULL else "rr")
+                            trial = Trial(way, length, depth, video, **eyes.look(path, asked))
+                            _append(journal, trial)
+                            yield trial
+                        count += 1
+                        if progress:
+                            progress(count, total)
+        finally:
+            enable(model, config, attention=attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,7 @@ def _settings(eyes: _Eyes, config: RRConfig) -> dict[str, Any]:
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "width": eyes.width,
         "height": eyes.height,
-        "rrattention": rule_of(config),
+        "rrattention": rule_of(config, checkpoint),
         "versions": versions(),
     }
 

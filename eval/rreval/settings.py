@@ -17,6 +17,7 @@ from rrvideo.options import rr_config
 
 if TYPE_CHECKING:
     from rrattention import RRConfig
+    from rrvideo.model import Checkpoint
     from rrvideo.pipeline import VideoQA
 
 __all__ = ["DEFAULTS", "LABELS", "PRESETS", "Preset", "RunSettings", "choices_of", "config_of", "rule_of", "versions"]
@@ -100,9 +101,13 @@ def config_of(choices: Mapping[str, Any]) -> RRConfig:
     return rr_config(choices["rule"], choices["tau"], choices["head_weights"])
 
 
-def rule_of(config: RRConfig) -> dict[str, Any]:
-    """By which rule blocks are kept, as runs record it: all but tau, and for the weights of heads a digest of them."""
+def rule_of(config: RRConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """By which rule blocks are kept, as runs record it: all but tau, and for the weights of heads a digest of them.
+
+    Where a prefill is sparse from so many tokens on as is measured to be best, the model's device says how many.
+    """
     rule = {name: value for name, value in config.to_dict().items() if name != "tau"}
+    rule["min_tokens"] = config.least_tokens(checkpoint.device)
     if weights := rule.get("head_weights"):
         rule["head_weights"] = sha256(json.dumps(weights).encode()).hexdigest()[:16]
     return rule
@@ -172,7 +177,7 @@ class RunSettings:
             dtype=str(checkpoint.dtype).removeprefix("torch."),
             attention=attention,
             tau=config.tau if sparse else None,
-            rrattention=rule_of(config) if sparse else {},
+            rrattention=rule_of(config, checkpoint) if sparse else {},
             timestamps=not checkpoint.family.tells_time if timestamps is None else timestamps,
             min_pixels=limits.min_pixels,
             max_pixels=limits.max_pixels,

@@ -95,8 +95,11 @@ class RRConfig:
 
     def sparse(self, tokens: int, device: torch.device) -> bool:
         """Whether a prefill of so many tokens is long enough for `device` to gain by leaving out blocks."""
-        least = MIN_TOKENS.get(device.type, MIN_TOKENS["cpu"]) if self.min_tokens is None else self.min_tokens
-        return tokens >= least
+        return tokens >= self.least_tokens(device)
+
+    def least_tokens(self, device: torch.device) -> int:
+        """Return `min_tokens`, or what it is on `device` where nothing is set."""
+        return MIN_TOKENS.get(device.type, MIN_TOKENS["cpu"]) if self.min_tokens is None else self.min_tokens
 
     def for_chunk(self, *, total_tokens: int, last: bool, device: torch.device) -> RRConfig:
         """Return this rule for one chunk of a prefill of `total_tokens` tokens, so that it selects what one call would.
@@ -115,10 +118,10 @@ def _rows(weights: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
     """Return `weights` as tuples; ValueError if they are no positive numbers, one for each head of each layer."""
     try:
         rows = tuple(tuple(float(weight) for weight in row) for row in weights)
-    except TypeError:
+    except (TypeError, OverflowError):
         raise ValueError(f"head_weights must be a row of numbers for each layer, got {weights!r}") from None
     wrong = [weight for row in rows for weight in row if not 0 < weight < math.inf]
-    if wrong or len({len(row) for row in rows}) != 1:
+    if wrong or len({len(row) for row in rows}) != 1 or not rows[0]:
         told = f"{wrong[0]!r} among them" if wrong else "rows of different lengths, or none"
         raise ValueError(f"head_weights must be positive, as many in each layer, got {told}")
     return rows
