@@ -50,10 +50,10 @@ def read_pyav(
             packets = _packets_for(container, stream, index, stretch)
             pictures = _pictures(decoder, packets, index, stretch, keys_only)
             for number, picture in _numbered(pictures, index, stretch):
-                decoder.failures += picture.is_corrupt
-                yield number, index.upright.apply(resize(picture))
+                if not decoder.broken:
+                    yield number, index.upright.apply(resize(picture))
     if decoder.failures:
-        warn(f"damaged places met in decoding: {decoder.failures}; the pictures after them may be wrong")
+        warn(f"damaged places met in decoding: {decoder.failures}; pictures that build on them were left out")
 
 
 def read_decord(
@@ -97,18 +97,28 @@ def _decord_pictures(video: Any, index: FrameIndex, frames: Sequence[int]) -> It
 
 
 class _Decoder:
-    """A codec that goes on after damaged packets and counts them."""
+    """A codec that goes on after damaged packets and counts them.
+
+    `broken` says whether the picture that came last is what was filmed: after damage, pictures show what other ones have
+    left behind, however clearly, until one that builds on no other.
+    """
 
     def __init__(self, context: av.VideoCodecContext) -> None:
         self.context = context
         self.failures = 0
+        self.broken = False
 
-    def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+    def decode(self, packet: av.Packet | None) -> Iterator[av.VideoFrame]:
         try:
-            return self.context.decode(packet)
+            pictures = self.context.decode(packet)
         except av.FFmpegError:
             self.failures += 1
-            return []
+            self.broken = True
+            return
+        for picture in pictures:
+            self.failures += picture.is_corrupt
+            self.broken = picture.is_corrupt or (self.broken and not picture.key_frame)
+            yield picture
 
 
 def _stretches(index: FrameIndex, frames: Sequence[int], seek_saves: int) -> Iterator[Stretch]:
@@ -162,7 +172,7 @@ def _pictures(
 ) -> Iterator[av.VideoFrame]:
     """Decode what the stretch needs: with `keys_only` its own packets, else the rest too if others build on them."""
     stamps = set(index.stamps[index.order[stretch.frames]].tolist())
-    needed = False
+    needed = decoder.broken = False
     for packet in packets:
         needed = packet.pts in stamps if packet.pts is not None else needed
         if keys_only and not needed:
