@@ -99,8 +99,8 @@ def _decord_pictures(video: Any, index: FrameIndex, frames: Sequence[int]) -> It
 class _Decoder:
     """A codec that goes on after damaged packets and counts them.
 
-    `broken` says whether the picture that came last is what was filmed: after damage, pictures show what other ones have
-    left behind, however clearly, until one that builds on no other.
+    `broken` says that the picture that came last is not what was filmed: after damage, pictures show what others have
+    left behind, however clearly, until one comes that builds on no other.
     """
 
     def __init__(self, context: av.VideoCodecContext) -> None:

@@ -177,9 +177,7 @@ class Scan(Iterator[Window]):
         nothing = {query.name: Finding(None) for query in self.queries}
         rounding = self._index.rounding
         try:
-            # A clip takes in the frame at its end, which here is the next window's, as that takes what is rounded.
-            before = end - 2 * rounding - 1e-9
-            with self._qa.watch(self._index, start=start, end=before, **self._watch) as video:
+            with self._qa.watch(self._index, start=start, end=last_moment(self._index, end), **self._watch) as video:
                 # Where no frame begins, the picture that still stands, or the nearest keyframe, was watched.
                 if not any(start - rounding <= time < end - rounding for time in video.plan.times):
                     return Window(self.video, start, end, nothing, error="no frame lies in this window")
@@ -285,6 +283,14 @@ def _windows(
         windows.append((begin, min(begin + window, stop)))
         begin = start + len(windows) * every
     return windows
+
+
+def last_moment(index: FrameIndex, end: float) -> float:
+    """The end of a clip that holds all that a window up to `end` does, and nothing of the next window.
+
+    For a clip takes in the frame at its end, and both its ends take frames that may have been rounded across them.
+    """
+    return end - 2 * index.rounding - 1e-9
 
 
 def _choose(video: Video, query: Query, tokenizer: PreTrainedTokenizerBase) -> Finding:

@@ -1,9 +1,12 @@
 """Watching and answering, against the plain models of transformers."""
 
+import copy
 import json
+import math
 import shutil
 import threading
 import time
+from dataclasses import replace
 from threading import enumerate as threads
 
 import numpy as np
@@ -14,7 +17,7 @@ from transformers import AutoProcessor
 
 from rrattention import RRConfig
 from rrvideo import budget, engine
-from rrvideo.errors import BudgetError, VideoError
+from rrvideo.errors import BudgetError, ModelError, VideoError
 from rrvideo.model import load
 from rrvideo.tokens import patchify
 from rrvideo.video import Frame, FrameStream, read_frames
@@ -245,6 +248,16 @@ def test_progress_is_told_as_it_is_made_by_one_thread_at_a_time(loaded, clip, mo
 
     assert {*most} == {1}
     assert told.count(("decoded", False)) >= 3  # before anything is encoded
+
+
+@pytest.mark.parametrize("act", ["generate", "score"])
+def test_what_is_no_number_is_no_answer(loaded, clip, act):
+    checkpoint = loaded["qwen2_vl"]
+    broken = replace(checkpoint, model=copy.deepcopy(checkpoint.model))
+    broken.model.lm_head.weight = torch.nn.Parameter(torch.full_like(checkpoint.model.lm_head.weight, math.nan))
+    watched, ids = watch(broken, clip), torch.tensor([5, 6])
+    with pytest.raises(ModelError, match=r"gives no numbers in float32 .load it with another dtype"):
+        list(watched.generate(ids, max_new_tokens=3) if act == "generate" else watched.score(ids, [[7]]))
 
 
 def test_a_reader_that_comes_back_after_the_watch_tells_nothing(loaded, clip, monkeypatch):

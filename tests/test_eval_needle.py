@@ -118,6 +118,15 @@ def test_other_depths_add_to_what_is_there_and_another_rule_does_not(qa, tmp_pat
         next(measure(other, more, tmp_path))
 
 
+def test_two_tests_do_not_write_to_one_folder_at_once(qa, tmp_path):
+    first = measure(qa, SHORT, tmp_path)
+    next(first)
+    with pytest.raises(RRVideoError, match=r"another process is writing to .*trials\.jsonl"):
+        next(measure(qa, SHORT, tmp_path))
+    first.close()
+    assert len(list(measure(qa, SHORT, tmp_path))) == 3
+
+
 def test_a_test_with_weights_of_heads_goes_on_and_other_weights_do_not(qa, tmp_path):
     text = qa.checkpoint.model.config.get_text_config()
     weights = [[1.5, *[0.9] * (text.num_attention_heads - 1)]] * text.num_hidden_layers

@@ -1,6 +1,7 @@
 """Scans: which windows there are, and what each answer means."""
 
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,23 @@ def test_windows_cover_what_is_to_be_seen_and_none_is_without_a_frame_of_its_own
     qa, clip, every, window, start, end, expected
 ):
     assert list(begin(qa, clip, every=every, window=window, start=start, end=end).windows) == expected
+
+
+@pytest.mark.parametrize("early", range(25))
+def test_a_frame_near_the_border_of_two_windows_is_seen_in_one_of_them(qa, tmp_path, early):
+    second = 24000
+    pts = [0, second, 2 * second - early, 3 * second, 4 * second]
+    path = write_video(
+        tmp_path / "slides.mp4", numbered_frames(5, width=84, height=56), pts=pts, time_base=Fraction(1, second)
+    )
+    index = frameindex.scan(path)
+    assert index.times[2] == pytest.approx(2 - early / second, abs=1e-6)
+    seen = []
+    for start, end in ((0, 2), (2, 4)):
+        before = scan.last_moment(index, end)
+        first, last = video._frames_within(index, start, before)
+        seen += range(first, last + 1)
+    assert seen == [0, 1, 2, 3]
 
 
 def test_windows_are_watched_one_by_one_as_they_are_taken_and_closed_again(qa, clip, watched, monkeypatch):
@@ -141,6 +159,7 @@ def test_very_improbable_labels_can_still_be_told_apart():
         ("B2", None),
         ("10,5", None),  # ten and a half, or ten and five?
         ("version 1.2.3", None),
+        ("9" * 400, None),
     ],
 )
 def test_a_number_is_read_or_there_is_none(text, number):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import runpy
 import shutil
 import signal
@@ -87,6 +88,42 @@ def test_any_text_is_one_line_and_comes_back(qa, clip, tmp_path, monkeypatch, su
 
 
 @FORMATS
+@pytest.mark.parametrize("name", [b"caf\xe9.mp4", b"two\nlines.mp4", "\u2028.mp4".encode()], ids=ascii)
+def test_any_name_of_a_video_is_written_and_known_again(qa, clip, tmp_path, suffix, name):
+    video = tmp_path / os.fsdecode(name)
+    try:
+        shutil.copy(clip, video)
+    except OSError:
+        pytest.skip("no file can have such a name here")
+    path = tmp_path / f"events{suffix}"
+    assert begin(qa, video).write(path) == 3
+    assert path.read_bytes().decode().count("\n") == 3 + (suffix == ".csv")
+    assert begin(qa, video).write(path) == 0
+
+
+@FORMATS
+def test_another_path_to_the_same_video_is_no_other_video(qa, clip, whole, tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"events{suffix}"
+    path.write_bytes(whole[suffix])
+    (tmp_path / "link.mp4").symlink_to(clip)
+    monkeypatch.chdir(clip.parent)
+    for other in (clip.name, tmp_path / "link.mp4", shutil.copy(clip, tmp_path / "copy.mp4")):
+        assert begin(qa, other).write(path) == (3 if "copy" in str(other) else 0)
+
+
+@FORMATS
+def test_two_scans_do_not_write_to_one_file_at_once(qa, clip, whole, tmp_path, suffix):
+    path = tmp_path / f"events{suffix}"
+    first = record(begin(qa, clip), path)
+    next(first)
+    with pytest.raises(RRVideoError, match=r"another process is writing to .*wait until it ends, or name another"):
+        begin(qa, clip).write(path)
+    assert len(list(first)) == 2
+    assert path.read_bytes() == whole[suffix]
+    assert begin(qa, clip).write(path) == 0
+
+
+@FORMATS
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999], ids="{} of the last line".format)
 def test_a_scan_goes_on_where_it_was_stopped_and_loses_one_window_at_most(
     qa, clip, whole, tmp_path, watched, suffix, kept
@@ -149,6 +186,8 @@ def test_another_model_or_other_attention_is_another_scan_and_settings_that_do_n
     assert begin(VideoQA.load(folder, device="cpu"), clip).digest != digest
     assert begin(VideoQA.load("tiny", attention="full", device="cpu"), clip).digest != digest
     assert begin(VideoQA.load(folder, attention="full", device="cpu"), clip, fps=1.0, progress=print).digest == digest
+    assert begin(qa, clip, every=2, window=2, start=0, cache="offload").digest == digest
+    assert begin(qa, clip, start=1).digest != digest
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def changed_template(folder):
 def test_another_model_is_refused(folder, saved, tmp_path, change):
     other = shutil.copytree(folder, tmp_path / "other")
     (other / "README.md").write_text("What a folder is called and says of itself makes no other model of it.")
+    (other / "weights.json").write_text("[[1.0]]")
     VideoQA.load(other, device="cpu", config=SPARSE).open(saved).close()
     change(other)
 
