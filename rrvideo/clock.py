@@ -24,7 +24,7 @@ def parse_clip(text: str) -> tuple[float | None, float | None]:
     """
     start_text, dash, end_text = (part.strip() for part in text.partition("-"))
     if not dash or not (start_text or end_text):
-        raise ValueError(f"a clip is START-END, such as 1:30-2:45, 90- or -0:45; got {text!r}")
+        raise ValueError(f"a clip is START-END, such as 1:30-2:45, 90- or (--clip=) -0:45; got {text!r}")
     start = parse_time(start_text) if start_text else None
     end = parse_time(end_text) if end_text else None
     if end is not None and end <= (start or 0.0):

@@ -236,6 +236,8 @@ def packets_of(container: av.container.InputContainer, *streams: av.VideoStream)
 
 def _first_bytes(file: Path) -> bytes:
     if not file.is_file():
+        if ":/" in str(file) and not file.exists():  # as a Path, an address has lost one slash
+            raise VideoError("only files are opened, no addresses", "download the video first")
         raise VideoError(f"{file} is not a file" if file.exists() else f"there is no file {file}")
     try:
         with file.open("rb") as opened:

@@ -59,7 +59,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Options that say which frames are looked at."""
-    parser.add_argument("--clip", metavar="START-END", type=clip, default=(None, None), help="such as 1:30-2:45 or 90-")
+    parser.add_argument(
+        "--clip",
+        metavar="START-END",
+        type=clip,
+        default=(None, None),
+        help="such as 1:30-2:45, 90-, or --clip=-0:45 with an equals sign",
+    )
     parser.add_argument("--fps", metavar="F", type=positive, default=1.0, help="frames a second (default: 1)")
     parser.add_argument("--max-frames", metavar="N", type=count, default=768, help="frames at most (default: 768)")
     parser.add_argument(

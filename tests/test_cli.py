@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -282,6 +284,29 @@ def test_a_known_failure_is_one_line_and_perhaps_a_hint(rrvideo, model, clip, ar
     assert message in first
     assert len(rest) == (hint is not None)
     assert hint is None or hint in rest[0]
+
+
+def test_an_address_is_told_to_be_none_of_a_file(rrvideo):
+    code, out, err = rrvideo("ask", "https://example.com/film.mp4", QUESTION)
+    assert (code, out) == (1, "")
+    assert err.splitlines() == ["rrvideo: only files are opened, no addresses", "  download the video first"]
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_a_name_that_is_no_text_is_told_all_the_same(clip, tmp_path, json_too):
+    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    try:
+        shutil.copy(clip, path)
+    except OSError:
+        pytest.skip("no file can have such a name here")
+    command = [sys.executable, "-m", "rrvideo", "info", path, *json_too]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"caf\\udce9.mp4" in done.stdout
+    if json_too:
+        assert json.loads(done.stdout)["path"] == str(path)
 
 
 def test_debugging_shows_the_traceback_of_a_known_failure(rrvideo, monkeypatch):

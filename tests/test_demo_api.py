@@ -56,6 +56,7 @@ def test_an_answer_comes_piece_by_piece(client):
 
     assert [piece["state"] for piece in pieces] == ["answering"] * len(pieces)
     assert last["state"] == "done"
+    assert last["video"] == SAMPLE.name
     assert all(last["answer"].startswith(piece["answer"]) for piece in pieces)
 
 

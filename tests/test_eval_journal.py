@@ -75,6 +75,7 @@ def test_a_record_is_a_line_of_json_with_the_keys_that_others_rely_on(run):
         *("question_id", "video_id", "videoID", "duration", "domain", "sub_category", "task_type", "question"),
         *("options", "answer", "response", "prediction", "error"),
         *("density", "frames", "visual_tokens", "prompt_tokens", "answer_tokens", "seconds", "warnings"),
+        *("video_bytes", "subtitled"),
     ]
     assert first == asdict(ANSWER) | {"options": ["A. 1", "B. 2"], "warnings": ["it ends early"]}
     assert (second["response"], second["error"], second["seconds"]) == (None, "there is no file x.mp4", None)

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
@@ -11,7 +12,7 @@ from videomme import write_set
 from rrattention import RRConfig
 from rreval.data import load_set
 from rreval.journal import Journal, Record, begin_run, read_run
-from rreval.runner import deal, run, unanswered
+from rreval.runner import check_same, deal, run, unanswered
 from rreval.settings import DEFAULTS, LABELS, PRESETS, RunSettings, choices_of, config_of
 from rrvideo import VideoQA
 from rrvideo.errors import RRVideoError
@@ -87,6 +88,30 @@ def test_answers_are_those_of_the_video_watched_and_asked_by_hand(qa, items, tmp
                     "answer",
                 ):
                     assert getattr(record, name) == getattr(row, name)
+
+
+def test_a_run_does_not_go_on_with_other_videos_or_subtitles_that_have_come_since(qa, items, tmp_path):
+    settings = settled(qa, items, subtitles=True)
+    silent = replace(items[1], path=Path(shutil.copy(items[1].path, tmp_path / "b.mp4")), subtitle=None)
+    some = [items[0], silent, replace(items[2], path=tmp_path / "none.mp4")]
+    records = answers(qa, some, tmp_path / "run", settings)
+    assert [record.subtitled for record in records[::3]] == [True, False, None]
+    assert [record.video_bytes for record in records[::3]] == [each.path.stat().st_size for each in some[:2]] + [None]
+
+    check_same([*items[:1], silent, items[2]], records, subtitles=True)  # the third could not be watched
+    spoken = replace(silent, subtitle=items[0].subtitle)
+    check_same([spoken], records, subtitles=False)
+    with pytest.raises(
+        RRVideoError, match=r"asked about 002 without subtitles, and now there are some .move them away"
+    ):
+        check_same([items[0], spoken], records, subtitles=True)
+    shutil.copy(items[2].path, silent.path)
+    with pytest.raises(
+        RRVideoError, match=r"b\.mp4 is not the video that the run has watched as 002 .put that one back"
+    ):
+        check_same([silent], records, subtitles=True)
+    silent.path.unlink()
+    check_same([silent], records, subtitles=True)  # told elsewhere
 
 
 def test_a_video_is_watched_once_and_closed_before_the_next(qa, items, tmp_path, calls, monkeypatch):

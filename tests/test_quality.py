@@ -281,15 +281,31 @@ def test_excerpts_of_a_video_are_spread_over_it_and_each_is_asked_for_itself(mon
         assert torch.equal(logits.argmax(dim=-1), right)
 
 
-def test_a_calibration_without_room_says_what_to_do(monkeypatch, capsys):
+def test_a_calibration_without_room_says_what_to_do(monkeypatch):
     def none_left(*_, **__):
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
 
     monkeypatch.setattr("rrattention.calibration.calibrate", none_left)
     options = ["--model", "tiny", "--video", str(cli.SAMPLE), "--write", "weights.json"]
     monkeypatch.setattr("sys.argv", ["calibrate.py", *options])
-    assert room("calibrate").main() == 1
-    assert "read shorter excerpts (--tokens, --seconds). Tried to allocate 9 GiB." in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"read shorter excerpts \(--tokens, --seconds\)\. Tried to allocate 9 GiB"):
+        room("calibrate").main()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--video", "none.mp4"], r"^calibrate\.py: there is no file none\.mp4$"),
+        (["--text", "none.txt"], r"^calibrate\.py: .*No such file.*none\.txt"),
+        (["--text", cli.SAMPLE], r"^calibrate\.py: .*codec can't decode"),
+        (["--world-seconds", 9], r"long enough to leave out blocks of 128 .*: read longer excerpts \(--tokens"),
+        (["--tau", 2], "^2$"),
+        (["--write", "/none/weights.json"], "^2$"),
+    ],
+)
+def test_what_calibrate_cannot_use_is_told_in_a_line(run_script, options, told):
+    with pytest.raises(SystemExit, match=told):
+        run_script("calibrate", "--model", "tiny", "--write", "weights.json", *options)
 
 
 def test_losses_are_compared_at_the_densities_of_the_runs_that_they_come_from():

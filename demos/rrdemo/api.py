@@ -57,7 +57,10 @@ class Endpoints:
                         yield {"state": "watched", **seen, "notes": notes}
 
     def ask(self, request: gr.Request, question: str) -> Iterator[Document]:
-        """Answer a question about the video that was watched; first comes what there is of it, last all."""
+        """Answer a question about the video that was opened last; first comes what there is of it, last all.
+
+        That is not the one of a watch that was refused: `video` says which one it is.
+        """
         session = self.handlers.session(request)
         answer, notes, way = "", [], _Way()
         with _told():
@@ -70,7 +73,8 @@ class Endpoints:
                     case Note(text):
                         notes.append(text)
                     case Done(turn):
-                        yield {"state": "done", **turn.to_dict(), "notes": notes}
+                        name = session.file and session.file.name
+                        yield {"state": "done", "video": name, **turn.to_dict(), "notes": notes}
 
 
 class _Way:

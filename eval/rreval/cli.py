@@ -146,6 +146,7 @@ def _answer(arguments: argparse.Namespace, processes: Processes, status: Status)
         """What of these is to be asked. Every machine has to have the run's folder, if not the same disk."""
         journal.begin_run(arguments.out, settings.to_dict(), labels=LABELS)
         records = journal.read_run(arguments.out).records
+        runner.check_same(items, records, subtitles=settings.subtitles)
         return runner.unanswered(items, records, retry_failed=arguments.retry_failed)
 
     hands = processes.first(lambda: runner.deal(left(chosen), processes.count))
@@ -310,6 +311,7 @@ def _needle(arguments: argparse.Namespace) -> int:
     from rreval.processes import Processes
     from rreval.settings import DEFAULTS
 
+    heatmap.check_installed()
     status = Status(quiet=arguments.quiet)
 
     def progress(done: int, total: int) -> None:

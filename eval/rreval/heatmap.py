@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -79,12 +80,17 @@ def document(shown: Sequence[Grid]) -> list[dict[str, Any]]:
     ]
 
 
+def check_installed() -> None:
+    """Raise `RRVideoError` if what draws is not installed: better before a long test than after it."""
+    if find_spec("matplotlib") is None:
+        raise RRVideoError("matplotlib, which draws, is not installed", 'pip install "rrvideo[eval]"')
+
+
 def draw(shown: Sequence[Grid], path: Path) -> None:
     """Write the heatmap as PNG. Raises `RRVideoError` if that fails, or matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise RRVideoError("matplotlib, which draws, is not installed", 'pip install "rrvideo[eval]"') from error
+    check_installed()
+    from matplotlib.figure import Figure
+
     depths, lengths = shown[0].depths, shown[0].lengths
     size = (2.4 + len(shown) * (0.4 + 0.85 * len(lengths)), 2.1 + 0.5 * len(depths))  # inches
     figure = Figure(figsize=size, layout="constrained")

@@ -29,8 +29,9 @@ class Record:
     """One question and what became of it: a `response`, or the `error` for which there is none.
 
     The first fields are those of the data set. `prediction` is the letter that the response gives, or None where it
-    gives none. `density` is that of the video's prefill. `seconds` holds decode, encode and prefill, which a video's
-    questions share, and generate, which is this answer's own.
+    gives none. `video_bytes` is the size of the video's file, and `subtitled` says whether there were subtitles, where
+    these were asked for. `density` is that of the video's prefill. `seconds` holds decode, encode and prefill, which a
+    video's questions share, and generate, which is this answer's own.
     """
 
     question_id: str
@@ -53,6 +54,8 @@ class Record:
     answer_tokens: int | None = None
     seconds: dict[str, float] | None = None
     warnings: tuple[str, ...] = ()
+    video_bytes: int | None = None
+    subtitled: bool | None = None
 
     @classmethod
     def of(cls, line: bytes) -> Self:

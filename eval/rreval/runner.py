@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rrvideo.engine import Progress
     from rrvideo.pipeline import Video, VideoQA
 
-__all__ = ["deal", "run", "unanswered"]
+__all__ = ["check_same", "deal", "run", "unanswered"]
 
 
 def unanswered(items: Sequence[VideoItem], records: Sequence[Record], *, retry_failed: bool = False) -> list[VideoItem]:
@@ -29,6 +29,25 @@ def unanswered(items: Sequence[VideoItem], records: Sequence[Record], *, retry_f
     done = {record.question_id for record in records if record.error is None or not retry_failed}
     left = [replace(item, rows=tuple(row for row in item.rows if row.question_id not in done)) for item in items]
     return [item for item in left if item.rows]
+
+
+def check_same(items: Sequence[VideoItem], records: Sequence[Record], *, subtitles: bool) -> None:
+    """Raise `RRVideoError` if a video that was watched is another one now, or has subtitles that it had not then."""
+    known = {item.video_id: item for item in items}
+    for record in records:
+        item = known.get(record.video_id)
+        if item is None or record.error is not None:
+            continue
+        if record.video_bytes is not None and item.path.exists() and item.path.stat().st_size != record.video_bytes:
+            raise RRVideoError(
+                f"{item.path} is not the video that the run has watched as {item.video_id}",
+                "put that one back, or begin a new run",
+            )
+        if subtitles and record.subtitled is False and item.subtitle is not None:
+            raise RRVideoError(
+                f"the run has asked about {item.video_id} without subtitles, and now there are some",
+                "move them away, or begin a new run",
+            )
 
 
 def deal(items: Sequence[VideoItem], count: int) -> list[list[VideoItem]]:
@@ -72,12 +91,13 @@ def _answers(
     cache: Literal["device", "offload"],
     progress: Progress | None,
 ) -> Iterator[Record]:
-    asked = 0
+    asked, subtitled = 0, item.subtitle is not None if settings.subtitles else None
     try:
         subtitles = read_subtitles(item.subtitle) if settings.subtitles and item.subtitle else []
         with qa.watch(item.path, **settings.watch_options(), cache=cache, progress=progress) as video:
+            size = item.path.stat().st_size
             for row in item.rows:
-                record = _answer(video, row, subtitles, settings)
+                record = replace(_answer(video, row, subtitles, settings), video_bytes=size, subtitled=subtitled)
                 asked += 1
                 yield record
     except Exception as error:  # whatever one of 900 videos does, the others are asked

@@ -34,10 +34,11 @@ def main() -> int:
     began = time.perf_counter()
     readings = [lambda read=read: read()[0] for read in task.readings]
     try:
-        weights = calibrate(task.model, readings, RULES[arguments.rule](tau=arguments.tau), draws=arguments.draws)
+        weights = calibrate(task.model, readings, arguments.config, draws=arguments.draws)
     except torch.OutOfMemoryError as error:
-        print(f"No room for the gradients: read shorter excerpts (--tokens, --seconds). {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"calibrate.py: no room for the gradients: read shorter excerpts (--tokens, --seconds). {error}")
+    except ValueError as error:
+        sys.exit(f"calibrate.py: {error}: read longer excerpts (--tokens, --seconds, --world-seconds)")
     seconds = time.perf_counter() - began
     for layer, row in enumerate(weights):
         print(f"layer {layer:2}  " + "  ".join(f"{weight:5.2f}" for weight in row))
@@ -59,6 +60,12 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not arguments.model:
         parser.error("--model is needed: weights are a model's")
+    if not arguments.write.absolute().parent.is_dir():
+        parser.error(f"--write: there is no folder {arguments.write.parent}")
+    try:
+        arguments.config = RULES[arguments.rule](tau=arguments.tau)
+    except ValueError as error:
+        parser.error(f"--{error}")
     arguments.device = arguments.device or default_device()
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.type == "cuda" else "float32")
     return arguments

@@ -6,6 +6,7 @@ token; or videos, of which it is asked questions with known answers. Its attenti
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +107,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint, or 'tiny', the embedded model")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="what the model reads")
     parser.add_argument("--excerpts", type=int, default=1, help="that are taken of what is read, spread evenly")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="what a Qwen2-VL model watches")
+    parser.add_argument("--video", type=_video, metavar="FILE", help="what a Qwen2-VL model watches, or 'sample'")
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second of --video (default: 1)")
     parser.add_argument("--seconds", type=float, help="that an excerpt of --video lasts (default: all of it)")
     parser.add_argument(
@@ -122,12 +123,20 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: by device")
 
 
+def _video(name: str) -> Path:
+    """A file, or the word "sample", as the commands of rrvideo have it."""
+    from rrvideo.cli import SAMPLE
+
+    return SAMPLE if name == "sample" and not Path(name).exists() else Path(name)
+
+
 def load_task(arguments: Namespace, dtype: torch.dtype, tokens: int | None = None) -> Task:
     """Load `--model` with what it is to read: `tokens` tokens of each `--text`, `--video`, or videos of our world.
 
-    Videos need one of the families of models that rrvideo knows.
+    Videos need one of the families of models that rrvideo knows. What cannot be read ends the program with a line.
     """
     from rrvideo.compat import mend_torchvision
+    from rrvideo.errors import RRVideoError
 
     mend_torchvision()
     path = arguments.model
@@ -135,9 +144,12 @@ def load_task(arguments: Namespace, dtype: torch.dtype, tokens: int | None = Non
         from rrvideo.pipeline import EMBEDDED
 
         path = EMBEDDED["tiny"]
-    if arguments.text is not None:
-        return _text_task(path, arguments, dtype, tokens)
-    return _video_task(path, arguments, dtype)
+    try:
+        if arguments.text is not None:
+            return _text_task(path, arguments, dtype, tokens)
+        return _video_task(path, arguments, dtype)
+    except (OSError, UnicodeDecodeError, RRVideoError) as error:  # of the user's files
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 def _text_task(path: str | Path, arguments: Namespace, dtype: torch.dtype, tokens: int | None) -> Task:
