@@ -47,7 +47,7 @@ class VideoInfo:
     path: str
     container: str
     codec: str
-    width: int  # in pixels, as displayed
+    width: int  # in pixels, upright; these are taken as square, as Qwen's own preprocessing takes them
     height: int
     rotation: int  # degrees clockwise from the coded picture to the displayed one
     duration: float  # seconds
@@ -244,11 +244,11 @@ def _clip(index: FrameIndex, start: float | None, end: float | None, warnings: l
     """The clip's bounds in seconds, where None stands for the video's own."""
     length = format_time(index.duration)
     if start is not None and not 0 <= start < index.duration:
-        begin = f"{format_time(start)} ({start:.2f} s)" if start >= 0 else f"{start:g} s"
+        begin = f"{format_time(start)} ({start:.2f} s)" if 0 <= start < math.inf else f"{start:g} s"
         raise VideoError(f"the clip starts at {begin}, but the video is {length} long ({index.duration:.2f} s)")
     if end is not None and not end > (start or 0.0):
         raise VideoError(f"the clip ends at {end:g} s, before it starts; the video is {length} long")
-    if end is not None and end > index.duration + 1:
+    if end is not None and index.duration + 1 < end < math.inf:
         warnings.append(f"the clip ends at {format_time(end)}, but the video at {length}")
     return start or 0.0, index.duration if end is None else min(end, index.duration)
 

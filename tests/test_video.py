@@ -1,6 +1,7 @@
 """Which frames are chosen and how large they become, against qwen-vl-utils' own functions."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -86,6 +87,7 @@ def test_a_clip_between_two_frames_holds_the_one_on_screen(clip):
         (10.5, None, r"starts at 0:10 \(10.50 s\), but the video is 0:10 long \(10.00 s\)"),
         (10.0, 12.0, r"starts at 0:10 \(10.00 s\), but the video is 0:10 long"),
         (-1.0, None, "starts at -1 s"),
+        (math.inf, None, "starts at inf s"),
         (5.0, 4.0, "ends at 4 s, before it starts; the video is 0:10 long"),
         (5.0, 5.0, "ends at 5 s, before it starts"),
         (None, 0.0, "ends at 0 s, before it starts"),
@@ -162,6 +164,10 @@ def test_frames_without_room_are_an_error_that_says_how_many_fit(clip):
     with pytest.raises(BudgetError, match=r"240 frames do not fit .*at most 200 frames"):
         plan_samples(clip, fps=24, limits=limits)
     assert len(plan_samples(clip, fps=24, max_frames=200, limits=limits).indices) == 200
+
+
+def test_a_clip_without_an_end_ends_with_the_video(clip):
+    assert plan_samples(clip, start=2.0, end=math.inf) == plan_samples(clip, start=2.0)
 
 
 @pytest.mark.parametrize("factor", [1, 4])
