@@ -236,9 +236,10 @@ def packets_of(container: av.container.InputContainer, *streams: av.VideoStream)
 
 def _first_bytes(file: Path) -> bytes:
     if not file.is_file():
-        if ":/" in str(file) and not file.exists():  # as a Path, an address has lost one slash
-            raise VideoError("only files are opened, no addresses", "download the video first")
-        raise VideoError(f"{file} is not a file" if file.exists() else f"there is no file {file}")
+        if file.exists():
+            raise VideoError(f"{file} is not a file")
+        hint = "addresses are not opened: download the video first" if ":/" in str(file) else ""
+        raise VideoError(f"there is no file {file}", hint)
     try:
         with file.open("rb") as opened:
             head = opened.read(16)

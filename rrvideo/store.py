@@ -84,10 +84,10 @@ class Saved:
 
 
 def save(path: str | os.PathLike[str], video: Saved) -> None:
-    """Write a watched video to the file `path`, replacing what is there once all of it is written.
+    """Write a watched video to the file `path`, replacing one that is there once all of it is written.
 
     It takes the bytes of the KV cache on disk, and meanwhile in the host's memory. Raises `RRVideoError` if the file
-    cannot be written, and `RuntimeError` if the video is closed.
+    cannot be written, or is there and no saved video, and `RuntimeError` if the video is closed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -95,6 +95,8 @@ def save(path: str | os.PathLike[str], video: Saved) -> None:
     watched, target = video.watched, Path(path)
     if watched.cache is None:
         raise RuntimeError("the video is closed")
+    if target.is_file() and target.stat().st_size and not _is_saved(target):
+        raise RRVideoError(f"{target} is there, and it is no saved video", "name another file, or delete this one")
     tensors: dict[str, torch.Tensor] = {}
     record = {
         "format": FORMAT,
@@ -120,6 +122,17 @@ def save(path: str | os.PathLike[str], video: Saved) -> None:
             partial.replace(target)
     except (OSError, SafetensorError) as error:
         raise RRVideoError(f"{target} cannot be written: {error}") from error
+
+
+def _is_saved(file: Path) -> bool:
+    """Whether a file is one that `save` has written, damaged or not."""
+    try:
+        with file.open("rb") as opened:
+            length = min(int.from_bytes(opened.read(8), "little"), file.stat().st_size)
+            header = json.loads(opened.read(length))
+        return "rrvideo" in header["__metadata__"]
+    except (OSError, LookupError, TypeError, ValueError):
+        return False
 
 
 def read(path: str | os.PathLike[str], checkpoint: Checkpoint, *, cache: Literal["device", "offload"]) -> Saved:

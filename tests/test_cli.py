@@ -289,7 +289,10 @@ def test_a_known_failure_is_one_line_and_perhaps_a_hint(rrvideo, model, clip, ar
 def test_an_address_is_told_to_be_none_of_a_file(rrvideo):
     code, out, err = rrvideo("ask", "https://example.com/film.mp4", QUESTION)
     assert (code, out) == (1, "")
-    assert err.splitlines() == ["rrvideo: only files are opened, no addresses", "  download the video first"]
+    assert err.splitlines() == [
+        "rrvideo: there is no file https:/example.com/film.mp4",  # a path has no empty parts
+        "  addresses are not opened: download the video first",
+    ]
 
 
 @pytest.mark.parametrize("json_too", [[], ["--json"]])

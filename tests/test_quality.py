@@ -257,9 +257,9 @@ def test_quality_on_videos_counts_the_tokens_of_the_answers(run_script):
 @pytest.mark.parametrize(
     ("options", "clips"),
     [
-        (["--seconds", 8, "--excerpts", 3], [(0, 8), (26, 34), (52, 60)]),
-        (["--seconds", 8], [(0, 8)]),
-        (["--seconds", 600, "--excerpts", 3], [(0, None)]),
+        (["--video-seconds", 8, "--excerpts", 3], [(0, 8), (26, 34), (52, 60)]),
+        (["--video-seconds", 8], [(0, 8)]),
+        (["--video-seconds", 600, "--excerpts", 3], [(0, None)]),
         ([], [(0, None)]),
     ],
 )
@@ -288,7 +288,9 @@ def test_a_calibration_without_room_says_what_to_do(monkeypatch):
     monkeypatch.setattr("rrattention.calibration.calibrate", none_left)
     options = ["--model", "tiny", "--video", str(cli.SAMPLE), "--write", "weights.json"]
     monkeypatch.setattr("sys.argv", ["calibrate.py", *options])
-    with pytest.raises(SystemExit, match=r"read shorter excerpts \(--tokens, --seconds\)\. Tried to allocate 9 GiB"):
+    with pytest.raises(
+        SystemExit, match=r"read shorter excerpts \(--tokens, --video-seconds\)\. Tried to allocate 9 GiB"
+    ):
         room("calibrate").main()
 
 

@@ -227,6 +227,22 @@ def test_weights_of_heads_are_asked_for_without_a_list_of_them(qa, clip, tmp_pat
     assert "0.9" not in str(refused.value)
 
 
+@pytest.mark.parametrize("content", [b"my film", b"", bytes(8), b"\x08" + bytes(7) + b'{"a": 1}', b"\xff" * 99])
+def test_only_a_saved_video_is_replaced(video, clip, tmp_path, content):
+    target = tmp_path / "precious"
+    target.write_bytes(content)
+    if content:
+        with pytest.raises(RRVideoError, match="precious is there, and it is no saved video"):
+            video.save(target)
+        assert target.read_bytes() == content
+        target.unlink()
+    video.save(target)
+    before = target.read_bytes()
+    target.write_bytes(before[:-9])
+    video.save(target)
+    assert len(target.read_bytes()) == len(before)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.9999])
 def test_a_truncated_file_is_no_video(qa, saved, tmp_path, share):
     content = saved.read_bytes()

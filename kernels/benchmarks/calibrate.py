@@ -1,7 +1,7 @@
 """Find out what each head of a model weighs, once for a checkpoint: `RRConfig.head_weights`, written as JSON.
 
     python kernels/benchmarks/calibrate.py --model PATH --text FILE FILE --tokens 2048 --excerpts 4 --write weights.json
-    python kernels/benchmarks/calibrate.py --model PATH --video FILE --seconds 20 --excerpts 16 --write weights.json
+    python kernels/benchmarks/calibrate.py --model PATH --video FILE --video-seconds 20 --excerpts 16 --write w.json
 
     RRConfig(head_weights=json.loads(Path("weights.json").read_text()))
 
@@ -36,9 +36,9 @@ def main() -> int:
     try:
         weights = calibrate(task.model, readings, arguments.config, draws=arguments.draws)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"calibrate.py: no room for the gradients: read shorter excerpts (--tokens, --seconds). {error}")
+        sys.exit(f"calibrate.py: no room for the gradients: read shorter excerpts (--tokens, --video-seconds). {error}")
     except ValueError as error:
-        sys.exit(f"calibrate.py: {error}: read longer excerpts (--tokens, --seconds, --world-seconds)")
+        sys.exit(f"calibrate.py: {error}: read longer excerpts (--tokens, --video-seconds, --world-seconds)")
     seconds = time.perf_counter() - began
     for layer, row in enumerate(weights):
         print(f"layer {layer:2}  " + "  ".join(f"{weight:5.2f}" for weight in row))

@@ -109,7 +109,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--excerpts", type=int, default=1, help="that are taken of what is read, spread evenly")
     parser.add_argument("--video", type=_video, metavar="FILE", help="what a Qwen2-VL model watches, or 'sample'")
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second of --video (default: 1)")
-    parser.add_argument("--seconds", type=float, help="that an excerpt of --video lasts (default: all of it)")
+    parser.add_argument("--video-seconds", type=float, help="that an excerpt of --video lasts (default: all of it)")
     parser.add_argument(
         "--ask",
         nargs=2,
@@ -198,7 +198,7 @@ def _excerpts(arguments: Namespace) -> list[tuple[float, float | None]]:
     """Where the excerpts of the video begin and end, in seconds: spread evenly, or all of it."""
     from rrvideo.video import probe
 
-    seconds, duration = arguments.seconds, probe(arguments.video).duration
+    seconds, duration = arguments.video_seconds, probe(arguments.video).duration
     if seconds is None or seconds >= duration:
         return [(0.0, None)]
     count = arguments.excerpts
