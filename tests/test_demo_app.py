@@ -65,6 +65,26 @@ def test_a_plan_for_older_settings_that_reaches_the_page_last_is_made_good():
     assert "plan" in handlers.notes(request, shown["planned"], *newer), "its buttons are for a session at rest"
 
 
+def test_a_plan_of_no_file_or_from_before_a_watch_that_reaches_the_page_last_is_made_good(monkeypatch):
+    monkeypatch.setattr("rrdemo.handlers.views.plan", lambda view: "a plan")
+    monkeypatch.setattr("rrdemo.handlers.timeline", lambda *_, **__: "a timeline")
+    names = ("plan", "timeline", "watch", "ask", "stop", "notice", "planned")
+    view = SimpleNamespace(fits=True, watched=False)
+    session = SimpleNamespace(file=None, busy=False, turns=[], notes=list, plan=lambda settings: view)
+    handlers = Handlers(SimpleNamespace(**{name: name for name in names}), SimpleNamespace(session=lambda key: session))
+    request, settings = SimpleNamespace(session_hash="tab"), ("", "", 1, 768, "uniform", "rr", 0.95)
+
+    late = [handlers.plan(request, *settings)]
+    for folder in ("one", "two"):
+        session.file = SimpleNamespace(path=f"/tmp/{folder}/video.mp4", duration=9.0)
+        late.append(handlers.plan(request, *settings))
+    view.watched = True
+    shown = handlers.plan(request, *settings)
+    assert (shown["watch"]["interactive"], shown["ask"]["interactive"]) == (False, True)
+    assert "plan" not in handlers.notes(request, shown["planned"], *settings)
+    assert [handlers.notes(request, each["planned"], *settings) for each in late] == [shown] * 3
+
+
 class Counted:
     """A session that knows whether it was closed."""
 
