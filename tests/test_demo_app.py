@@ -52,7 +52,7 @@ def test_settings_that_make_no_sense_are_told(changed, told):
 
 def test_a_plan_for_older_settings_that_reaches_the_page_last_is_made_good():
     names = ("plan", "timeline", "watch", "ask", "stop", "notice", "planned")
-    session = SimpleNamespace(file=None, busy=False, turns=[], notes=list)
+    session = SimpleNamespace(file=None, busy=False, turns=[], notes=list, is_open=lambda settings: False)
     handlers = Handlers(SimpleNamespace(**{name: name for name in names}), SimpleNamespace(session=lambda key: session))
     request = SimpleNamespace(session_hash="tab")
 
@@ -70,7 +70,10 @@ def test_a_plan_of_no_file_or_from_before_a_watch_that_reaches_the_page_last_is_
     monkeypatch.setattr("rrdemo.handlers.timeline", lambda *_, **__: "a timeline")
     names = ("plan", "timeline", "watch", "ask", "stop", "notice", "planned")
     view = SimpleNamespace(fits=True, watched=False)
-    session = SimpleNamespace(file=None, busy=False, turns=[], notes=list, plan=lambda settings: view)
+    session = SimpleNamespace(
+        **{"file": None, "busy": False, "turns": [], "notes": list},
+        **{"plan": lambda settings: view, "is_open": lambda settings: view.watched},
+    )
     handlers = Handlers(SimpleNamespace(**{name: name for name in names}), SimpleNamespace(session=lambda key: session))
     request, settings = SimpleNamespace(session_hash="tab"), ("", "", 1, 768, "uniform", "rr", 0.95)
 

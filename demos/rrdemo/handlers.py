@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,10 +203,9 @@ class Handlers:
         tells what the one that stands there was made for.
         """
         session = self.session(request)
-        plan = self._planned(session, settings)
         if notes := session.notes():
-            return {self.page.notice: views.notice(notes), **plan}
-        return gr.skip() if planned == plan[self.page.planned] else plan
+            return {self.page.notice: views.notice(notes), **self._planned(session, settings)}
+        return gr.skip() if planned == _stamp(session, settings) else self._planned(session, settings)
 
     def leave(self, request: gr.Request) -> None:
         """The tab is closed."""
@@ -275,15 +274,14 @@ class Handlers:
 
     def _planned(self, session: Session, settings: tuple[Any, ...]) -> Update:
         """The plan for these settings, or why there is none, the timeline beside it, and the buttons at rest."""
-        page, view, plan, busy = self.page, None, "", session.busy
-        file = session.file and Path(session.file.path).parent.name  # which is no other file's
+        page, view, plan, stamp = self.page, None, "", _stamp(session, settings)
         if session.file:
             try:
                 view = session.plan(read_settings(*settings))
                 plan = views.plan(view)
             except RRVideoError as error:
                 plan = views.notice([str(error)], error=True)
-        ready = view is not None and view.fits and not busy
+        ready = view is not None and view.fits and not session.busy
         watched = view is not None and view.watched
         turn = _last_seen(session)
         return {
@@ -291,8 +289,8 @@ class Handlers:
             page.timeline: timeline(session.file.duration, plan=view, turn=turn) if session.file else "",
             page.watch: gr.update(interactive=ready and not watched, value="Watched" if watched else "Watch"),
             page.ask: _enabled(ready),
-            page.stop: _enabled(busy),
-            page.planned: json.dumps([file, busy, watched, *settings]),
+            page.stop: _enabled(session.busy),
+            page.planned: stamp,
         }
 
     def _moments(self, session: Session) -> str:
@@ -318,6 +316,14 @@ def read_settings(
 def _last_seen(session: Session) -> Turn | None:
     """The last turn of which it is known where the model looked."""
     return next((turn for turn in reversed(session.turns) if turn.attention), None)
+
+
+def _stamp(session: Session, settings: tuple[Any, ...]) -> str:
+    """What a plan and its buttons are made for."""
+    file, watched = session.file and Path(session.file.path).parent.name, False  # a folder that is no other file's
+    with suppress(RRVideoError):  # these settings make no sense
+        watched = session.is_open(read_settings(*settings))
+    return json.dumps([file, session.busy, watched, *settings])
 
 
 def _enabled(yes: bool) -> Any:

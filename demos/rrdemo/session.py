@@ -140,8 +140,11 @@ class Session:
     def plan(self, settings: Settings) -> PlanView:
         """Say what watching with `settings` would take; nothing is decoded."""
         chosen, need = self.studio.plan(self._index(), settings)
-        watched = self.studio.is_open(self.id, settings)
-        return plans.view(chosen, need, settings, memory=self.studio.memory, watched=watched)
+        return plans.view(chosen, need, settings, memory=self.studio.memory, watched=self.is_open(settings))
+
+    def is_open(self, settings: Settings) -> bool:
+        """Whether the file was watched with `settings`, and is still open so that questions are answered at once."""
+        return self.studio.is_open(self.id, settings)
 
     def watch(self, settings: Settings) -> Generator[Event]:
         """Watch the video, if that has not been done with these settings: Queued, Phase, Note; Watched or Stopped."""
