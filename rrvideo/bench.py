@@ -35,8 +35,6 @@ MINUTES = (2, 20)
 RATE = 25  # frames per second
 GOP = 250  # frames
 LOOP = 40  # seconds that are encoded; the files repeat them
-# Where the kernels' benchmarks are: in the repository, since a wheel does not hold them.
-KERNELS = [folder / "kernels" / "benchmarks" for folder in (Path(__file__).parent.parent, Path.cwd())]
 
 
 class Result(NamedTuple):
@@ -73,11 +71,7 @@ def main() -> None:
 
         sys.exit(bench_engine(rest))
     if arguments.command in ("prefill", "quality", "calibrate", "watch"):
-        script = next(
-            (each for each in (folder / f"{arguments.command}.py" for folder in KERNELS) if each.exists()), None
-        )
-        if script is None:
-            sys.exit(f"{arguments.command} comes with the repository and not with the package: run this in a checkout")
+        script = kernel_benchmark(arguments.command)
         sys.exit(subprocess.run([sys.executable, script, *rest], check=False).returncode)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -87,6 +81,14 @@ def main() -> None:
         bench_ask(arguments.repeats)
     else:
         print(json.dumps(_run(WAYS[arguments.way], arguments.path)))
+
+
+def kernel_benchmark(name: str) -> Path:
+    """The script of that name: in the repository around this package, or else where one stands; a wheel holds none."""
+    for folder in (Path(__file__).parent.parent, Path.cwd()):
+        if (script := folder / "kernels" / "benchmarks" / f"{name}.py").exists():
+            return script
+    sys.exit(f"{name} comes with the repository and not with the package: run this in a checkout")
 
 
 def bench_sampling(repeats: int, cache: Path) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rrvideo.pipeline import Answer, Video, VideoQA
     from rrvideo.video import SamplePlan, VideoInfo
 
-__all__ = ["main"]
+__all__ = ["main", "video_path"]
 
 SAMPLE = Path(__file__).parent / "tiny" / "sample.mp4"
 EMBEDDED_MODEL = (
@@ -171,7 +171,7 @@ def _add_watching(command: argparse.ArgumentParser) -> None:
 def _ask(arguments: argparse.Namespace) -> int:
     from rrvideo.video import probe
 
-    path = _path(arguments.video)
+    path = video_path(arguments.video)
     probe(path)  # a file that is no video should not have to wait for the model
     status = Status(quiet=arguments.quiet)
     try:
@@ -253,7 +253,7 @@ def _scan(arguments: argparse.Namespace) -> int:
     failed = False
     try:
         qa = _load(arguments, status)
-        for path in map(_path, arguments.videos):
+        for path in map(video_path, arguments.videos):
             status.show(f"scanning {path.name}")
             try:
                 scan = qa.scan(
@@ -286,7 +286,7 @@ def _scan(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from rrvideo.video import probe
 
-    path = _path(arguments.video)
+    path = video_path(arguments.video)
     info = probe(path)
     plan, budget = _plan(arguments, path) if arguments.plan else (None, None)
     if arguments.json:
@@ -371,6 +371,7 @@ def _model(arguments: argparse.Namespace) -> str | None:
     return arguments.model or os.environ.get("RRVIDEO_MODEL") or None
 
 
-def _path(name: str) -> Path:
+def video_path(name: str) -> Path:
+    """The file of that name, or the sample where there is none that is called so."""
     path = Path(name)
     return SAMPLE if name == "sample" and not path.exists() else path

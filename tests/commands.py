@@ -1,5 +1,7 @@
 """Fixtures of the tests that give command lines; they name this a plugin."""
 
+import json
+
 import pytest
 
 from rrvideo import cli
@@ -29,3 +31,10 @@ def rrvideo(capsys):
 def no_settings(monkeypatch):
     for name in ("RRVIDEO_MODEL", "RRVIDEO_DEBUG"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def weights(folder):
+    """Weights for the heads of the model, and where they are written."""
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    return [[1.5, *[0.9] * (config["num_attention_heads"] - 1)]] * config["num_hidden_layers"]

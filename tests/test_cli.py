@@ -2,9 +2,7 @@
 
 import inspect
 import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -15,7 +13,7 @@ from clips import numbered_frames, write_video
 
 from rrattention import RRConfig
 from rrattention.config import RULES
-from rrvideo import VideoQA, budget, cli, options
+from rrvideo import VideoQA, bench, budget, cli, options
 from rrvideo.pipeline import MAX_NEW_TOKENS
 from rrvideo.scan import scan
 from rrvideo.video import probe
@@ -86,13 +84,6 @@ def test_quiet_leaves_stderr_empty(rrvideo, model, clip):
     assert rrvideo("ask", clip, QUESTION, "--model", model, "--quiet")[::2] == (0, "")
 
 
-@pytest.fixture
-def weights(folder):
-    """Weights for the heads of the model, and where they are written."""
-    config = json.loads((folder / "config.json").read_text())["text_config"]
-    return [[1.5, *[0.9] * (config["num_attention_heads"] - 1)]] * config["num_hidden_layers"]
-
-
 def test_options_reach_the_video_and_the_model(rrvideo, model, clip, weights, tmp_path, monkeypatch):
     loaded, watched = {}, {}
     load, watch = VideoQA.load, VideoQA.watch
@@ -113,36 +104,6 @@ def test_options_reach_the_video_and_the_model(rrvideo, model, clip, weights, tm
         "start": 1.0, "end": 4.5, "fps": 2.0, "max_frames": 4, "sampling": "keyframes", "reader": "pyav",
         "fit": True, "cache": "offload",
     }  # fmt: skip
-
-
-def test_weights_of_another_model_are_refused(rrvideo, model, clip, weights, tmp_path):
-    (tmp_path / "weights.json").write_text(json.dumps(weights[1:]))
-    code, out, err = rrvideo("ask", clip, QUESTION, "--model", model, "--head-weights", tmp_path / "weights.json")
-
-    assert (code, out) == (1, "")
-    assert err.splitlines()[-1].startswith(f"rrvideo: {model} cannot attend so: head_weights must be those of this ")
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (None, "cannot be read: No such file"),
-        ("heads", "is not what rrvideo bench calibrate writes: Expecting value"),
-        ("null", "is not what rrvideo bench calibrate writes: head_weights must be positive"),
-        ("[[1, 2], [3]]", "rows of different lengths"),
-        ("[[1, -2]]", "-2.0 among them"),
-        ('{"heads": 1}', "is not what rrvideo bench calibrate writes: could not convert"),
-    ],
-)
-def test_a_file_without_weights_of_heads_is_wrong_usage(rrvideo, clip, tmp_path, content, told):
-    file = tmp_path / "weights.json"
-    if content is not None:
-        file.write_text(content)
-    code, out, err = rrvideo("ask", clip, QUESTION, "--head-weights", file)
-
-    assert (code, out) == (2, "")
-    assert f"argument --head-weights: {file}" in err
-    assert told in err
 
 
 def test_every_rule_that_can_be_chosen_is_one_of_rrattentions():
@@ -264,95 +225,6 @@ def test_too_many_frames_are_refused_or_with_fit_thinned(rrvideo, narrow, clip):
     assert json.loads(out)["answers"][0]["usage"]["frames"] == int(hint.split()[0])
 
 
-@pytest.mark.parametrize(
-    ("argv", "message", "hint"),
-    [
-        (["ask", "missing.mp4", QUESTION], "missing.mp4", None),
-        (["info", "missing.mp4"], "missing.mp4", None),
-        (["ask", "CLIP", QUESTION, "--model", "no/such/folder"], "there is no model folder no/such/folder", "hub id"),
-        (["ask", "CLIP", QUESTION, "--model", "MODEL", "--clip", "2:00-"], "the clip starts at 2:00 (120.00 s)", None),
-    ],
-    ids=["no-file", "no-file-info", "no-model", "no-such-clip"],
-)
-def test_a_known_failure_is_one_line_and_perhaps_a_hint(rrvideo, model, clip, argv, message, hint):
-    argv = [{"CLIP": clip, "MODEL": model}.get(each, each) for each in argv]
-    code, out, err = rrvideo(*argv)
-
-    assert (code, out) == (1, "")
-    first, *rest = [line for line in err.splitlines() if not line.startswith("loading")]
-    assert first.startswith("rrvideo: ")
-    assert message in first
-    assert len(rest) == (hint is not None)
-    assert hint is None or hint in rest[0]
-
-
-def test_an_address_is_told_to_be_none_of_a_file(rrvideo):
-    code, out, err = rrvideo("ask", "https://example.com/film.mp4", QUESTION)
-    assert (code, out) == (1, "")
-    assert err.splitlines() == [
-        "rrvideo: there is no file https:/example.com/film.mp4",  # a path has no empty parts
-        "  addresses are not opened: download the video first",
-    ]
-
-
-@pytest.mark.parametrize("json_too", [[], ["--json"]])
-def test_a_name_that_is_no_text_is_told_all_the_same(clip, tmp_path, json_too):
-    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
-    try:
-        shutil.copy(clip, path)
-    except OSError:
-        pytest.skip("no file can have such a name here")
-    command = [sys.executable, "-m", "rrvideo", "info", path, *json_too]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, capture_output=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"caf\\udce9.mp4" in done.stdout
-    if json_too:
-        assert json.loads(done.stdout)["path"] == str(path)
-
-
-def test_debugging_shows_the_traceback_of_a_known_failure(rrvideo, monkeypatch):
-    monkeypatch.setenv("RRVIDEO_DEBUG", "1")
-    code, _, err = rrvideo("info", "missing.mp4")
-
-    assert code == 1
-    assert err.startswith("Traceback")
-    assert "\nrrvideo: " in err
-
-
-@pytest.mark.parametrize(
-    ("argv", "told"),
-    [
-        ([], "required: COMMAND"),
-        (["watch"], "invalid choice: 'watch'"),
-        (["ask", "clip.mp4"], "required: QUESTION"),
-        (["ask", "clip.mp4", " "], "a question must not be empty"),
-        (["ask", "clip.mp4", QUESTION, "--clip", "2:45-1:30"], "ends before it starts"),
-        (["ask", "clip.mp4", QUESTION, "--clip", "soon"], "such as 1:30-2:45"),
-        (["ask", "clip.mp4", QUESTION, "--fps", "0"], "argument --fps: must be a number above 0, got '0'"),
-        (["ask", "clip.mp4", QUESTION, "--fps", "nan"], "must be a number above 0, got 'nan'"),
-        (["ask", "clip.mp4", QUESTION, "--max-frames", "2.5"], "must be a whole number above 0, got '2.5'"),
-        (["ask", "clip.mp4", QUESTION, "--max-new-tokens", "many"], "must be a whole number above 0, got 'many'"),
-        (["ask", "clip.mp4", QUESTION, "--tau", "1.5"], "above 0, and 1 at most, got '1.5'"),
-        (["ask", "clip.mp4", QUESTION, "--attention", "some"], "invalid choice: 'some'"),
-        (["ask", "clip.mp4", QUESTION, "--rule", "coarse"], "invalid choice: 'coarse'"),
-        (["scan", "clip.mp4"], "required: --ask"),
-        (["scan", "clip.mp4", "--ask", "Is it red?"], "argument --ask: a question is NAME=KIND: QUESTION"),
-        (["scan", "clip.mp4", *["--ask", "red=yes/no: Is it?"] * 2], "two answers are named red, red_probability"),
-        (["scan", "clip.mp4", "--ask", "a=text: What?", "--out", "a.txt"], "must end with .jsonl or .csv, got 'a.txt'"),
-        (["scan", "clip.mp4", "--ask", "a=text: What?", "--every", "0"], "argument --every: must be a number above 0"),
-    ],
-    ids=lambda value: " ".join(value[2:]) or "-" if isinstance(value, list) else "",
-)
-def test_wrong_usage_ends_with_2_and_says_what_is_wrong(rrvideo, argv, told):
-    code, out, err = rrvideo(*argv)
-
-    assert (code, out) == (2, "")
-    assert err.startswith("usage: rrvideo")
-    assert told in err
-
-
 def test_help_is_there_for_every_command(rrvideo):
     code, out, _ = rrvideo("--help")
     assert code == 0
@@ -383,6 +255,17 @@ def test_bench_is_one_of_them(rrvideo, monkeypatch):
 
     assert code == 0
     assert "sampling" in out
+
+
+def test_benchmarks_of_the_kernels_are_those_of_the_checkout_that_one_is_in(tmp_path, monkeypatch):
+    own = bench.kernel_benchmark("prefill")
+    assert own == Path(cli.__file__).parent.parent / "kernels" / "benchmarks" / "prefill.py"
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "rrvideo" / "bench.py"))  # a wheel
+    monkeypatch.chdir(own.parent.parent.parent)
+    assert bench.kernel_benchmark("prefill") == own
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="prefill comes with the repository and not with the package"):
+        bench.kernel_benchmark("prefill")
 
 
 def test_damage_is_told_beside_the_answer(rrvideo, model, tmp_path):

@@ -118,6 +118,13 @@ def test_other_depths_add_to_what_is_there_and_another_rule_does_not(qa, tmp_pat
         next(measure(other, more, tmp_path))
 
 
+def test_what_draws_is_missed_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(heatmap, "find_spec", lambda name: None)
+    assert main(["eval", "needle", "--out", str(tmp_path / "run")]) == 1
+    assert "matplotlib, which draws, is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_tests_do_not_write_to_one_folder_at_once(qa, tmp_path):
     first = measure(qa, SHORT, tmp_path)
     next(first)

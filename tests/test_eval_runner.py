@@ -10,6 +10,7 @@ from checkpoints import make_checkpoint
 from videomme import write_set
 
 from rrattention import RRConfig
+from rrattention.config import MIN_TOKENS
 from rreval.data import load_set
 from rreval.journal import Journal, Record, begin_run, read_run
 from rreval.runner import check_same, deal, run, unanswered
@@ -254,6 +255,7 @@ def test_settings_say_all_that_answers_depend_on(qa, items):
     found = settled(sparse, items, timestamps=False).to_dict()
     assert (found["attention"], found["tau"], found["timestamps"]) == ("rr", 0.95, False)
     assert (found["rrattention"]["block_size"], found["rrattention"]["stride"]) == (128, 8)
+    assert found["rrattention"]["min_tokens"] == MIN_TOKENS["cpu"], "or it went on with another one on a GPU"
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_a_calibration_without_room_says_what_to_do(monkeypatch):
         (["--video", "none.mp4"], r"^calibrate\.py: there is no file none\.mp4$"),
         (["--text", "none.txt"], r"^calibrate\.py: .*No such file.*none\.txt"),
         (["--text", cli.SAMPLE], r"^calibrate\.py: .*codec can't decode"),
-        (["--world-seconds", 9], r"long enough to leave out blocks of 128 .*: read longer excerpts \(--tokens"),
+        (["--world-seconds", 9], r"long enough to leave out blocks of 128 .*--world-seconds say how long each is"),
         (["--tau", 2], "^2$"),
         (["--write", "/none/weights.json"], "^2$"),
     ],

@@ -5,13 +5,14 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import SHAPE_IDS, SHAPES, SMALL, attention_by_rows, estimate, make_qkv, rr_attention, select, starts
 
 import rrattention
-from rrattention import RRConfig, dense_attention
+from rrattention import RRConfig, api, dense_attention
 from rrattention.config import MIN_TOKENS
 
 
@@ -259,6 +260,23 @@ def test_the_papers_rule_is_per_row_of_all_mass_and_drops_the_rest():
 def test_the_fine_rule_scores_smaller_blocks_more_closely_by_all_mass():
     assert RRConfig.fine() == RRConfig(block_size=64, stride=4, counted="all")
     assert RRConfig.fine(0.9).tau == 0.9
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "hip", "found"),
+    [
+        ("cuda", torch.float16, None, "triton"),
+        ("cuda", torch.float16, "6.4", "reference"),  # as torch calls the GPUs of AMD
+        ("cuda", torch.float64, None, "reference"),
+        ("cpu", torch.float16, None, "cpu"),
+        ("mps", torch.float16, None, "reference"),
+    ],
+)
+def test_the_backend_is_the_best_for_the_device(monkeypatch, device, dtype, hip, found):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    like = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert api._stages("auto", like).__name__ == f"rrattention.{found}"
 
 
 def test_importing_rrattention_imports_neither_transformers_nor_triton():

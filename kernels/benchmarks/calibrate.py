@@ -38,7 +38,7 @@ def main() -> int:
     except torch.OutOfMemoryError as error:
         sys.exit(f"calibrate.py: no room for the gradients: read shorter excerpts (--tokens, --video-seconds). {error}")
     except ValueError as error:
-        sys.exit(f"calibrate.py: {error}: read longer excerpts (--tokens, --video-seconds, --world-seconds)")
+        sys.exit(f"calibrate.py: {error} (--tokens, --video-seconds and --world-seconds say how long each is)")
     seconds = time.perf_counter() - began
     for layer, row in enumerate(weights):
         print(f"layer {layer:2}  " + "  ".join(f"{weight:5.2f}" for weight in row))

@@ -107,7 +107,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face checkpoint, or 'tiny', the embedded model")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="what the model reads")
     parser.add_argument("--excerpts", type=int, default=1, help="that are taken of what is read, spread evenly")
-    parser.add_argument("--video", type=_video, metavar="FILE", help="what a Qwen2-VL model watches, or 'sample'")
+    from rrvideo.cli import video_path
+
+    parser.add_argument("--video", type=video_path, metavar="FILE", help="what a Qwen2-VL model watches, or 'sample'")
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second of --video (default: 1)")
     parser.add_argument("--video-seconds", type=float, help="that an excerpt of --video lasts (default: all of it)")
     parser.add_argument(
@@ -121,13 +123,6 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--world-seconds", type=float, default=300, help="the length of each (default: 300)")
     parser.add_argument("--device", type=torch.device, help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: by device")
-
-
-def _video(name: str) -> Path:
-    """A file, or the word "sample", as the commands of rrvideo have it."""
-    from rrvideo.cli import SAMPLE
-
-    return SAMPLE if name == "sample" and not Path(name).exists() else Path(name)
 
 
 def load_task(arguments: Namespace, dtype: torch.dtype, tokens: int | None = None) -> Task:

@@ -13,7 +13,6 @@ predictions are from those of the dense model. Correctness comes first; the last
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -34,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
 from rrattention import BlockGrid, BlockSelection, BlockStats, attend, dense_attention
+from rrvideo.options import head_weights
 
 Weights = Sequence[Sequence[float]]  # of the heads of each layer
 
@@ -274,14 +274,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--tau", type=float, nargs="+", default=[0.99, 0.97, 0.95, 0.9, 0.85, 0.8])
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="default: all that can be run")
-    parser.add_argument("--head-weights", type=Path, metavar="FILE", help="what calibrate.py has written of the model")
+    parser.add_argument(
+        "--head-weights", type=head_weights, metavar="FILE", help="what calibrate.py has written of the model"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw error against density")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
     arguments = parser.parse_args()
     weighted = [name for name, way in METHODS.items() if way.weighted]
-    if arguments.head_weights:
-        arguments.head_weights = json.loads(arguments.head_weights.read_text(encoding="utf-8"))
-    elif lacking := [name for name in arguments.methods or () if name in weighted]:
+    lacking = [name for name in arguments.methods or () if name in weighted]
+    if lacking and not arguments.head_weights:
         parser.error(f"{lacking[0]} needs --head-weights")
     arguments.methods = arguments.methods or [
         name for name in METHODS if arguments.head_weights or name not in weighted
