@@ -120,7 +120,8 @@ def test_other_depths_add_to_what_is_there_and_another_rule_does_not(qa, tmp_pat
 
 def test_what_draws_is_missed_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(heatmap, "find_spec", lambda name: None)
-    assert main(["eval", "needle", "--out", str(tmp_path / "run")]) == 1
+    short = ["--lengths", "1K", "--depths", "50", "--videos", "1"]
+    assert main(["eval", "needle", "--out", str(tmp_path / "run"), *short]) == 1
     assert "matplotlib, which draws, is not installed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
