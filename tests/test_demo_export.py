@@ -23,7 +23,7 @@ from rrdemo.conversation import FileView, Settings, Turn
 from rrdemo.samples import Sample, samples
 from rrdemo.thumbnails import strongest
 from rrvideo import Evidence, RRVideoError, Timings, Usage
-from rrvideo.cli import SAMPLE, _parser, _path
+from rrvideo.cli import SAMPLE, _parser, video_path
 from rrvideo.frameindex import scan
 from rrvideo.options import watch_options
 from rrvideo.tiny.world import draw_world
@@ -88,7 +88,7 @@ def test_the_command_for_an_example_finds_it_and_does_not_say_whose_home_it_lies
         assert str(tmp_path) not in words
         shown = subprocess.run(["sh", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True)
         video = shown.stdout.splitlines()[shown.stdout.splitlines().index("--") + 1]
-        assert probe(_path(video)).duration == 60
+        assert probe(video_path(video)).duration == 60
     elsewhere = replace(FILE, source="/var/my cache/upright.mp4")
     assert shlex.split(export.command(elsewhere, "tiny", [ANSWERED]))[-2] == elsewhere.source
 
